@@ -1,0 +1,80 @@
+"""The two-step form: convolve with every small filter, then shift the maps and add. The oracle of all other forms."""
+
+import torch
+from torch import Tensor
+
+from swconv.ops import native
+
+
+def shift_add(
+    maps: Tensor, pad_h: Tensor, pad_v: Tensor, pick: Tensor, halo: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Move every filter's response to its place in the large kernel, and add.
+
+    Parameters
+    ----------
+    maps : Tensor of shape (B, R * n, H + 2 * halo, W + 2 * halo)
+        Responses of the small filters; channel r * n + k is filter k of channel r. Zero outside.
+    pad_h, pad_v : int32 Tensor of shape (R * n, E)
+        Displacement of each map on each edge, in pixels (`ShiftTables.pads`).
+    pick : int Tensor of shape (R, E)
+        The map of each channel and edge that stays in place.
+    halo : int
+        Border of the maps around the output, in pixels: padding - N // 2.
+
+    Returns
+    -------
+    h, v, i : Tensor of shape (B, R, H, W)
+        Sums of the maps shifted along W, of those shifted along H, and of those in place.
+
+    Raises
+    ------
+    ValueError
+        When the number of maps is not R * n, or the maps are smaller than their halo.
+    """
+    _check(maps, pad_h, pad_v, pick, halo)
+    if native.serves(maps):
+        return torch.ops.swconv.shift_add(maps, pad_h, pad_v, pick.to(torch.int32), halo)
+    return shift_add_ref(maps, pad_h, pad_v, pick, halo)
+
+
+def shift_add_ref(
+    maps: Tensor, pad_h: Tensor, pad_v: Tensor, pick: Tensor, halo: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`shift_add` in plain torch, differentiable, one slice per edge and displacement."""
+    channels = pick.shape[0]
+    rows = maps[:, :, halo : maps.shape[2] - halo]                        # (B, R * n, H, W + 2 * halo)
+    columns = maps[..., halo : maps.shape[3] - halo].transpose(2, 3)      # (B, R * n, W, H + 2 * halo)
+    h = _slide(rows, pad_h, channels, halo)
+    v = _slide(columns, pad_v, channels, halo).transpose(2, 3)
+    inner = rows[..., halo : maps.shape[3] - halo]
+    i = sum(inner[:, edge] for edge in pick.long().t())
+    return h, v, i
+
+
+def _slide(maps: Tensor, pad: Tensor, channels: int, halo: int) -> Tensor:
+    """Sum over edges of maps moved along the last axis by `pad`, cut to its inner part. (B, R * n, A, L) -> (B, R, A, L')."""
+    length = maps.shape[3] - 2 * halo
+    taps = maps.shape[1] // channels
+    out = maps.new_zeros(maps.shape[0], channels, maps.shape[2], length)
+    for edge in pad.t():
+        for move in edge.unique().tolist():
+            low, high = max(0, move), min(length, length + 2 * halo + move)
+            if low >= high:
+                continue
+            index = (edge == move).nonzero()[:, 0]
+            part = torch.nn.functional.pad(maps[:, index, :, low - move : high - move], (low, length - high))
+            out = out.index_add(1, index // taps, part)
+    return out
+
+
+def _check(maps: Tensor, pad_h: Tensor, pad_v: Tensor, pick: Tensor, halo: int) -> None:
+    count, channels = pad_h.shape[0], pick.shape[0]
+    if maps.dim() != 4 or maps.shape[1] != count or count % channels or pad_v.shape != pad_h.shape:
+        raise ValueError(
+            f"shift_add needs maps of shape (B, {count}, H, W) for pad_h of shape {tuple(pad_h.shape)}, pad_v alike and "
+            f"pick of shape (R, E), got maps {tuple(maps.shape)}, pad_v {tuple(pad_v.shape)}, pick {tuple(pick.shape)}. "
+            "Were maps and tables made for the same kernel size?"
+        )
+    if min(maps.shape[2:]) <= 2 * halo:
+        raise ValueError(f"shift_add needs maps larger than two halos of {halo}, got {tuple(maps.shape[2:])}.")

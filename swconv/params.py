@@ -95,10 +95,12 @@ class Recipe(_Row):
     label_smoothing: Share
     mixup: Annotated[float, Field(ge=0)]
     cutmix: Annotated[float, Field(ge=0)]
+    mixup_switch: Share
     rand_augment: str | None
     random_erasing: Share
     random_resized_crop: bool
     hflip: Share
+    evaluate_every: Annotated[int, Field(ge=1)]
     sparsity: Sparsity | None
 
 
@@ -233,8 +235,7 @@ class Params:
         """
         if run not in self.runs:
             raise ParamsError(f"{self._runs_file.path}: {_unknown('run', run, self.runs)}.")
-        if profile not in self.profiles:
-            raise ParamsError(f"params/profiles: {_unknown('profile', profile, self.profiles)}.")
+        self.profile(profile)
         return json.loads(self._resolve(run, profile))
 
     @functools.cache
@@ -253,7 +254,7 @@ class Params:
         checked = {
             "model": {"name": name, "args": self._checked(ARGS[name], args, run, "model").model_dump(mode="json")},
             "recipe": self._checked(Recipe, training, run, "recipe").model_dump(mode="json"),
-            "dataset": scale.dataset.model_dump(mode="json"),
+            "dataset": scale.dataset.model_dump(mode="json", exclude_none=True),
             "machine": scale.machine.model_dump(mode="json"),
         }
         self._check_stages(run, checked["model"]["args"])
@@ -264,6 +265,12 @@ class Params:
         row = self.resolve(run, profile)
         row["dataset"] = {key: value for key, value in row["dataset"].items() if key not in _CIRCUMSTANCES}
         return json.dumps(row, sort_keys=True)
+
+    def profile(self, name: str) -> Profile:
+        """A profile by name; ParamsError with the nearest name if it is unknown."""
+        if name not in self.profiles:
+            raise ParamsError(f"params/profiles: {_unknown('profile', name, self.profiles)}.")
+        return self.profiles[name]
 
     def report_rows(self, report: str) -> list[str]:
         """Run ids of a report: rows, then controls."""
@@ -279,6 +286,20 @@ class Params:
             if self.identity(other, profile) == self.identity(run, profile):
                 return other
         return None
+
+    def base(self, run: str, rows: Iterable[str]) -> str:
+        """The nearest row of `rows` that `run` descends from: what a control is compared with."""
+        rows, parent = set(rows), self.runs[run].parent
+        while parent is not None and parent not in rows:
+            parent = self.runs[parent].parent
+        if parent is None:
+            raise self._runs_file.fault(("runs", run), f"control {run} must descend from a row of its report")
+        return parent
+
+    def trained(self, runs: Iterable[str], profile: str) -> list[str]:
+        """Those of `runs` that are trained at this scale: no row whose configuration equals that of a row before it."""
+        runs = list(runs)
+        return [run for run in runs if self.same_as(run, profile, runs) is None]
 
     def check_data(self, profile: str) -> None:
         """Stop before any work when the profile's dataset is a folder of the user that is not there."""

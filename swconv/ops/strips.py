@@ -57,7 +57,7 @@ def strip_branches(
         When the kernels do not fit x or each other.
     """
     anchor_h, anchor_v = _check(x, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v)
-    if native.serves(x):
+    if native.handles(x):
         return torch.ops.swconv.strip_branches(x, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v)
     return strip_branches_ref(x, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v)
 
@@ -73,7 +73,7 @@ def strip_mix(
 ) -> Tensor:
     """Sum of the three parts of `strip_branches`, plus a bias of shape (C,): one plus-shaped depthwise convolution."""
     anchor_h, anchor_v = _check(x, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v)
-    if native.serves(x):
+    if native.handles(x):
         return torch.ops.swconv.strip_mix(x, kernel_h, kernel_v, kernel_c, bias, anchor_h, anchor_v)
     y = sum(strip_branches_ref(x, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v))
     return y if bias is None else y + bias[:, None, None]

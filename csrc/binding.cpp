@@ -1,0 +1,379 @@
+// The operator's place in torch: schemas, argument checks, threads. The only file that includes torch, and of torch only
+// the stable ABI, so that one library serves every torch from 2.11 on. Autograd and fake kernels: swconv/ops/native.py.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <tuple>
+#ifdef SWCONV_CUDA
+#include <dlfcn.h>
+#endif
+
+#include "swconv.h"
+
+namespace {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::parallel_for;
+using torch::stable::Tensor;
+using Three = std::tuple<Tensor, Tensor, Tensor>;
+using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+template <class... Words>
+void require(bool met, const Words&... words) {
+  if (met) return;
+  std::ostringstream sentence;
+  (sentence << ... << words);
+  throw std::runtime_error(sentence.str());
+}
+
+std::string shape(const Tensor& t) {
+  std::ostringstream text;
+  text << "(";
+  for (int64_t d = 0; d < t.dim(); ++d) text << (d ? ", " : "") << t.size(d);
+  text << ")";
+  return text.str();
+}
+
+void require_shape(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> wanted) {
+  bool same = t.dim() == static_cast<int64_t>(wanted.size());
+  std::ostringstream text;
+  int64_t d = 0;
+  for (const int64_t size : wanted) {
+    same = same && t.size(d) == size;
+    text << (d++ ? ", " : "") << size;
+  }
+  require(same, op, " needs ", name, " of shape (", text.str(), "), got ", shape(t),
+          ". Were all arguments made for the same layer?");
+}
+
+// All of the first one's dtype and device.
+void require_alike(const char* op, const Tensor& first, std::initializer_list<const Tensor*> others) {
+  for (const Tensor* other : others) {
+    require(other->scalar_type() == first.scalar_type(), op, " needs tensors of one dtype, got ", first.scalar_type(),
+            " and ", other->scalar_type(), ". Convert them to one.");
+    require(other->is_cuda() == first.is_cuda() && other->get_device_index() == first.get_device_index(), op,
+            " needs all tensors on one device. Move them with .to(device).");
+  }
+}
+
+// Calls body with a value of the tensor's type.
+template <class Body>
+auto with_type(const char* op, const Tensor& t, const Body& body) {
+  const ScalarType type = t.scalar_type();
+  require(type == ScalarType::Float || type == ScalarType::Double, op, " needs float32 or float64 on the CPU, got ",
+          type, ". Convert with .float().");
+  return type == ScalarType::Float ? body(float()) : body(double());
+}
+
+Tensor dense(const Tensor& t) { return torch::stable::contiguous(t); }
+
+// ---- two-step form -------------------------------------------------------------------------------------------------
+
+struct Tables {
+  Tensor pad_h, pad_v, pick;
+
+  const int32_t* h() const { return pad_h.const_data_ptr<int32_t>(); }
+  const int32_t* v() const { return pad_v.const_data_ptr<int32_t>(); }
+  const int32_t* p() const { return pick.const_data_ptr<int32_t>(); }
+};
+
+Tables checked_tables(const char* op, const Tensor& maps, const Tensor& pad_h, const Tensor& pad_v,
+                      const Tensor& pick) {
+  require(pick.dim() == 2 && pad_h.dim() == 2, op, " needs pick (R, E) and pad_h (R * n, E), got ", shape(pick),
+          " and ", shape(pad_h), ".");
+  require(pick.size(0) > 0 && pick.size(1) == pad_h.size(1) && pad_h.size(0) % pick.size(0) == 0, op,
+          " needs pad_h (R * n, E) for pick (R, E), got ", shape(pad_h), " and ", shape(pick),
+          ". Were both tables drawn for the same layer?");
+  require_shape(op, "pad_v", pad_v, {pad_h.size(0), pad_h.size(1)});
+  for (const Tensor* table : {&pad_h, &pad_v, &pick}) {
+    require(table->scalar_type() == ScalarType::Int, op, " needs int32 tables, got ", table->scalar_type(),
+            ". Convert with .int().");
+    require(table->is_cuda() == maps.is_cuda() && table->get_device_index() == maps.get_device_index(), op,
+            " needs tables and maps on one device. Move them with .to(device).");
+  }
+  return {dense(pad_h), dense(pad_v), dense(pick)};
+}
+
+// A filter index from a foreign table must not read outside the maps. On the GPU the caller answers for it.
+void require_picks(const char* op, const Tables& tables) {
+  const int64_t filters = tables.pad_h.size(0);
+  for (int64_t j = 0; j < tables.pick.numel(); ++j)
+    require(tables.p()[j] >= 0 && tables.p()[j] < filters, op, " needs pick between 0 and R * n - 1 = ", filters - 1,
+            ", got ", tables.p()[j], ". Are its entries absolute filter indices?");
+}
+
+swconv::ShiftSizes forward_sizes(const char* op, const Tensor& maps, const Tables& t, int64_t halo) {
+  const int64_t channels = t.pick.size(0), taps = t.pad_h.size(0) / channels;
+  require(maps.dim() == 4 && maps.size(1) == channels * taps, op, " needs R * n maps (", channels, " * ", taps, " = ",
+          channels * taps, ") of shape (B, R * n, H + 2 * halo, W + 2 * halo), got ", shape(maps),
+          ". Were maps and tables made for the same kernel size?");
+  require(halo >= 0 && maps.size(2) >= 2 * halo && maps.size(3) >= 2 * halo, op,
+          " needs maps of at least 2 * halo pixels and halo >= 0, got ", shape(maps), " and halo ", halo, ".");
+  return {maps.size(0), channels, taps, t.pick.size(1), maps.size(2) - 2 * halo, maps.size(3) - 2 * halo, halo};
+}
+
+swconv::ShiftSizes backward_sizes(const char* op, const Tensor& grad, const Tables& t, int64_t halo, int64_t taps) {
+  const int64_t channels = t.pick.size(0);
+  require(taps * channels == t.pad_h.size(0), op, " needs pad_h with R * taps = ", channels, " * ", taps,
+          " rows, got ", t.pad_h.size(0), ".");
+  require(grad.dim() == 4 && grad.size(1) == channels && halo >= 0, op, " needs gradients (B, ", channels,
+          ", H, W) and halo >= 0, got ", shape(grad), " and halo ", halo, ".");
+  return {grad.size(0), channels, taps, t.pick.size(1), grad.size(2), grad.size(3), halo};
+}
+
+Three new_outputs(const Tensor& maps, const swconv::ShiftSizes& s) {
+  const auto one = [&] { return torch::stable::new_empty(maps, {s.images, s.channels, s.height, s.width}); };
+  return {one(), one(), one()};
+}
+
+Tensor new_maps(const Tensor& grad, const swconv::ShiftSizes& s) {
+  return torch::stable::new_empty(
+      grad, {s.images, s.channels * s.taps, s.height + 2 * s.halo, s.width + 2 * s.halo});
+}
+
+Three shift_add_cpu(const Tensor maps, const Tensor pad_h, const Tensor pad_v, const Tensor pick, int64_t halo) {
+  constexpr const char* op = "swconv::shift_add";
+  const Tables t = checked_tables(op, maps, pad_h, pad_v, pick);
+  require_picks(op, t);
+  const auto s = forward_sizes(op, maps, t, halo);
+  const Tensor from = dense(maps);
+  Three out = new_outputs(maps, s);
+  auto& [h, v, i] = out;
+  with_type(op, maps, [&, &h = h, &v = v, &i = i](auto zero) {
+    using T = decltype(zero);
+    T *to_h = h.mutable_data_ptr<T>(), *to_v = v.mutable_data_ptr<T>(), *to_i = i.mutable_data_ptr<T>();
+    parallel_for(0, s.images * s.channels, 1, [&](int64_t begin, int64_t end) {
+      swconv::shift_add_cpu(s, from.const_data_ptr<T>(), t.h(), t.v(), t.p(), to_h, to_v, to_i, begin, end);
+    });
+  });
+  return out;
+}
+
+Tensor shift_add_backward_cpu(const Tensor grad_h, const Tensor grad_v, const Tensor grad_i, const Tensor pad_h,
+                              const Tensor pad_v, const Tensor pick, int64_t halo, int64_t taps) {
+  constexpr const char* op = "swconv::shift_add_backward";
+  const Tables t = checked_tables(op, grad_h, pad_h, pad_v, pick);
+  const auto s = backward_sizes(op, grad_h, t, halo, taps);
+  require_alike(op, grad_h, {&grad_v, &grad_i});
+  for (const Tensor* grad : {&grad_v, &grad_i})
+    require_shape(op, "gradients", *grad, {s.images, s.channels, s.height, s.width});
+  const Tensor h = dense(grad_h), v = dense(grad_v), i = dense(grad_i);
+  Tensor out = new_maps(grad_h, s);
+  with_type(op, grad_h, [&](auto zero) {
+    using T = decltype(zero);
+    T* to = out.mutable_data_ptr<T>();
+    parallel_for(0, s.images * s.channels * s.taps, 1, [&](int64_t begin, int64_t end) {
+      swconv::shift_add_backward_cpu(s, h.const_data_ptr<T>(), v.const_data_ptr<T>(), i.const_data_ptr<T>(), t.h(),
+                                     t.v(), t.p(), to, begin, end);
+    });
+  });
+  return out;
+}
+
+#ifdef SWCONV_CUDA
+// torch's current stream. libtorch_cuda is looked up, not linked, so that the library loads on a CPU-only torch too.
+void* current_stream(const Tensor& t) {
+  using Function = AOTITorchError (*)(int32_t, void**);
+  static const Function function = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library ? reinterpret_cast<Function>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  void* stream = nullptr;
+  require(function && function(t.get_device_index(), &stream) == 0,
+          "swconv needs a CUDA build of torch for tensors on the GPU, and found no CUDA stream.");
+  return stream;
+}
+
+void require_float(const char* op, const Tensor& t) {
+  require(t.scalar_type() == ScalarType::Float, op, " needs float32 on the GPU, got ", t.scalar_type(),
+          ". Convert with .float().");
+}
+
+void require_done(const char* op, const char* failure) {
+  require(!failure, op, " failed on the GPU: ", failure ? failure : "", ".");
+}
+
+Three shift_add_cuda(const char* op, decltype(&swconv::shift_add_cuda) kernel, const Tensor& maps, const Tensor& pad_h,
+                     const Tensor& pad_v, const Tensor& pick, int64_t halo) {
+  const Tables t = checked_tables(op, maps, pad_h, pad_v, pick);
+  const auto s = forward_sizes(op, maps, t, halo);
+  require_float(op, maps);
+  const torch::stable::accelerator::DeviceGuard guard(maps.get_device_index());
+  const Tensor from = dense(maps);
+  Three out = new_outputs(maps, s);
+  auto& [h, v, i] = out;
+  require_done(op, kernel(s, from.const_data_ptr<float>(), t.h(), t.v(), t.p(), h.mutable_data_ptr<float>(),
+                          v.mutable_data_ptr<float>(), i.mutable_data_ptr<float>(), current_stream(maps)));
+  return out;
+}
+
+Three shift_add_gather_cuda(const Tensor maps, const Tensor pad_h, const Tensor pad_v, const Tensor pick,
+                            int64_t halo) {
+  return shift_add_cuda("swconv::shift_add", swconv::shift_add_cuda, maps, pad_h, pad_v, pick, halo);
+}
+
+Three shift_add_atomic_cuda(const Tensor maps, const Tensor pad_h, const Tensor pad_v, const Tensor pick,
+                            int64_t halo) {
+  return shift_add_cuda("swconv::shift_add_atomic", swconv::shift_add_atomic_cuda, maps, pad_h, pad_v, pick, halo);
+}
+
+Tensor shift_add_backward_cuda(const Tensor grad_h, const Tensor grad_v, const Tensor grad_i, const Tensor pad_h,
+                               const Tensor pad_v, const Tensor pick, int64_t halo, int64_t taps) {
+  constexpr const char* op = "swconv::shift_add_backward";
+  const Tables t = checked_tables(op, grad_h, pad_h, pad_v, pick);
+  const auto s = backward_sizes(op, grad_h, t, halo, taps);
+  require_float(op, grad_h);
+  require_alike(op, grad_h, {&grad_v, &grad_i});
+  for (const Tensor* grad : {&grad_v, &grad_i})
+    require_shape(op, "gradients", *grad, {s.images, s.channels, s.height, s.width});
+  const torch::stable::accelerator::DeviceGuard guard(grad_h.get_device_index());
+  const Tensor h = dense(grad_h), v = dense(grad_v), i = dense(grad_i);
+  Tensor out = new_maps(grad_h, s);
+  require_done(op, swconv::shift_add_backward_cuda(s, h.const_data_ptr<float>(), v.const_data_ptr<float>(),
+                                                   i.const_data_ptr<float>(), t.h(), t.v(), t.p(),
+                                                   out.mutable_data_ptr<float>(), current_stream(grad_h)));
+  return out;
+}
+#endif
+
+// ---- strip form ----------------------------------------------------------------------------------------------------
+
+swconv::StripSizes strip_sizes(const char* op, const Tensor& x, const Tensor& kernel_h, const Tensor& kernel_v,
+                               const Tensor& kernel_c, int64_t anchor_h, int64_t anchor_v) {
+  require(x.dim() == 4 && kernel_h.dim() == 4 && kernel_v.dim() == 4 && kernel_c.dim() == 4, op,
+          " needs x (B, C, H, W) and kernels (C, 1, N, L), (C, 1, L, N), (C, 1, S, S), got ", shape(x), ", ",
+          shape(kernel_h), ", ", shape(kernel_v), ", ", shape(kernel_c), ".");
+  const swconv::StripSizes s{x.size(0),        x.size(1), x.size(2),        x.size(3),        kernel_h.size(3),
+                             kernel_h.size(2), anchor_h,  kernel_v.size(2), kernel_v.size(3), anchor_v,
+                             kernel_c.size(2)};
+  require_shape(op, "kernel_h", kernel_h, {s.channels, 1, s.breadth_h, s.length_h});
+  require_shape(op, "kernel_v", kernel_v, {s.channels, 1, s.length_v, s.breadth_v});
+  require_shape(op, "kernel_c", kernel_c, {s.channels, 1, s.small, s.small});
+  require(s.breadth_h % 2 && s.breadth_v % 2 && s.small % 2, op, " needs odd N and S, got kernels ", shape(kernel_h),
+          ", ", shape(kernel_v), ", ", shape(kernel_c), ".");
+  require(anchor_h >= 0 && anchor_h < s.length_h && anchor_v >= 0 && anchor_v < s.length_v, op,
+          " needs anchors on strips of ", s.length_h, " and ", s.length_v, " taps, got ", anchor_h, " and ", anchor_v,
+          ". The anchor is the tap that lies on the output pixel.");
+  require_alike(op, x, {&kernel_h, &kernel_v, &kernel_c});
+  return s;
+}
+
+// The format of x, which results keep: channels_last where x is laid out so and not also contiguous.
+bool is_channels_last(const Tensor& x) {
+  if (x.is_contiguous()) return false;
+  int64_t step = 1;
+  for (const int64_t d : {1, 3, 2, 0}) {
+    if (x.size(d) != 1 && x.stride(d) != step) return false;
+    step *= x.size(d);
+  }
+  return true;
+}
+
+Tensor in_format_of(const Tensor& x, const Tensor& result) {
+  return is_channels_last(x) ? torch::stable::contiguous(result, MemoryFormat::ChannelsLast) : result;
+}
+
+Tensor new_like(const Tensor& t) { return torch::stable::new_empty(t, t.sizes()); }
+
+Three strip_branches(const Tensor x, const Tensor kernel_h, const Tensor kernel_v, const Tensor kernel_c,
+                     int64_t anchor_h, int64_t anchor_v) {
+  constexpr const char* op = "swconv::strip_branches";
+  const auto s = strip_sizes(op, x, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v);
+  const Tensor from = dense(x), kh = dense(kernel_h), kv = dense(kernel_v), kc = dense(kernel_c);
+  Tensor h = new_like(x), v = new_like(x), i = new_like(x);
+  with_type(op, x, [&](auto zero) {
+    using T = decltype(zero);
+    T *to_h = h.mutable_data_ptr<T>(), *to_v = v.mutable_data_ptr<T>(), *to_i = i.mutable_data_ptr<T>();
+    parallel_for(0, swconv::strip_tasks<T>(s), 1, [&](int64_t begin, int64_t end) {
+      swconv::strip_branches_cpu(s, from.const_data_ptr<T>(), kh.const_data_ptr<T>(), kv.const_data_ptr<T>(),
+                                 kc.const_data_ptr<T>(), to_h, to_v, to_i, begin, end);
+    });
+  });
+  return {in_format_of(x, h), in_format_of(x, v), in_format_of(x, i)};
+}
+
+Tensor strip_mix(const Tensor x, const Tensor kernel_h, const Tensor kernel_v, const Tensor kernel_c,
+                 const std::optional<Tensor> bias, int64_t anchor_h, int64_t anchor_v) {
+  constexpr const char* op = "swconv::strip_mix";
+  const auto s = strip_sizes(op, x, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v);
+  if (bias) {
+    require_shape(op, "bias", *bias, {s.channels});
+    require_alike(op, x, {&*bias});
+  }
+  const Tensor from = dense(x), kh = dense(kernel_h), kv = dense(kernel_v), kc = dense(kernel_c);
+  const std::optional<Tensor> b = bias ? std::optional<Tensor>(dense(*bias)) : std::nullopt;
+  Tensor y = new_like(x);
+  with_type(op, x, [&](auto zero) {
+    using T = decltype(zero);
+    const T* with_bias = b ? b->const_data_ptr<T>() : nullptr;
+    T* to = y.mutable_data_ptr<T>();
+    parallel_for(0, swconv::strip_tasks<T>(s), 1, [&](int64_t begin, int64_t end) {
+      swconv::strip_mix_cpu(s, from.const_data_ptr<T>(), kh.const_data_ptr<T>(), kv.const_data_ptr<T>(),
+                            kc.const_data_ptr<T>(), with_bias, to, begin, end);
+    });
+  });
+  return in_format_of(x, y);
+}
+
+Four strip_branches_backward(const Tensor grad_h, const Tensor grad_v, const Tensor grad_i, const Tensor x,
+                             const Tensor kernel_h, const Tensor kernel_v, const Tensor kernel_c, int64_t anchor_h,
+                             int64_t anchor_v) {
+  constexpr const char* op = "swconv::strip_branches_backward";
+  const auto s = strip_sizes(op, x, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v);
+  require_alike(op, x, {&grad_h, &grad_v, &grad_i});
+  for (const Tensor* grad : {&grad_h, &grad_v, &grad_i})
+    require_shape(op, "gradients", *grad, {s.images, s.channels, s.height, s.width});
+  const Tensor from = dense(x), kh = dense(kernel_h), kv = dense(kernel_v), kc = dense(kernel_c);
+  const Tensor gh = dense(grad_h), gv = dense(grad_v), gi = dense(grad_i);
+  Tensor gx = new_like(x), gkh = new_like(kh), gkv = new_like(kv), gkc = new_like(kc);
+  with_type(op, x, [&](auto zero) {
+    using T = decltype(zero);
+    T *to_x = gx.mutable_data_ptr<T>(), *to_h = gkh.mutable_data_ptr<T>(), *to_v = gkv.mutable_data_ptr<T>(),
+      *to_c = gkc.mutable_data_ptr<T>();
+    parallel_for(0, s.channels, 1, [&](int64_t begin, int64_t end) {
+      swconv::strip_branches_backward_cpu(s, gh.const_data_ptr<T>(), gv.const_data_ptr<T>(), gi.const_data_ptr<T>(),
+                                          from.const_data_ptr<T>(), kh.const_data_ptr<T>(), kv.const_data_ptr<T>(),
+                                          kc.const_data_ptr<T>(), to_x, to_h, to_v, to_c, begin, end);
+    });
+  });
+  return {in_format_of(x, gx), gkh, gkv, gkc};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(swconv, m) {
+  m.def("shift_add(Tensor maps, Tensor pad_h, Tensor pad_v, Tensor pick, int halo) -> (Tensor, Tensor, Tensor)");
+  m.def("shift_add_atomic(Tensor maps, Tensor pad_h, Tensor pad_v, Tensor pick, int halo) "
+        "-> (Tensor, Tensor, Tensor)");
+  m.def("shift_add_backward(Tensor grad_h, Tensor grad_v, Tensor grad_i, Tensor pad_h, Tensor pad_v, Tensor pick, "
+        "int halo, int taps) -> Tensor");
+  m.def("strip_branches(Tensor x, Tensor kernel_h, Tensor kernel_v, Tensor kernel_c, int anchor_h, int anchor_v) "
+        "-> (Tensor, Tensor, Tensor)");
+  m.def("strip_branches_backward(Tensor grad_h, Tensor grad_v, Tensor grad_i, Tensor x, Tensor kernel_h, "
+        "Tensor kernel_v, Tensor kernel_c, int anchor_h, int anchor_v) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("strip_mix(Tensor x, Tensor kernel_h, Tensor kernel_v, Tensor kernel_c, Tensor? bias, int anchor_h, "
+        "int anchor_v) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(swconv, CPU, m) {
+  m.impl("shift_add", TORCH_BOX(&shift_add_cpu));
+  m.impl("shift_add_backward", TORCH_BOX(&shift_add_backward_cpu));
+  m.impl("strip_branches", TORCH_BOX(&strip_branches));
+  m.impl("strip_branches_backward", TORCH_BOX(&strip_branches_backward));
+  m.impl("strip_mix", TORCH_BOX(&strip_mix));
+}
+
+#ifdef SWCONV_CUDA
+STABLE_TORCH_LIBRARY_IMPL(swconv, CUDA, m) {
+  m.impl("shift_add", TORCH_BOX(&shift_add_gather_cuda));
+  m.impl("shift_add_atomic", TORCH_BOX(&shift_add_atomic_cuda));
+  m.impl("shift_add_backward", TORCH_BOX(&shift_add_backward_cuda));
+}
+#endif

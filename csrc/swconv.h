@@ -1,0 +1,76 @@
+// The operator's kernels, free of torch: raw pointers, sizes, ranges of work. binding.cpp gives them to torch.
+//
+// Letters: B images, R channels, n filters per channel, E edges, H x W pixels; L and N the long and the short side of
+// a strip (the two strips may differ), S the side of the small kernel. All tensors are contiguous, in the order of their letters. Anything that is
+// read outside a map is 0.
+#pragma once
+
+#include <cstdint>
+
+namespace swconv {
+
+// Two-step form. maps (B, R*n, H+2*halo, W+2*halo); pad_h, pad_v (R*n, E); pick (R, E), absolute filter indices;
+// h, v, i (B, R, H, W):
+//   h[b,r,y,x] = sum_e sum_k maps[b, r*n+k, y + halo,               x - pad_h[r*n+k, e]]
+//   v[b,r,y,x] = sum_e sum_k maps[b, r*n+k, y - pad_v[r*n+k, e],    x + halo]
+//   i[b,r,y,x] = sum_e       maps[b, pick[r,e], y + halo,           x + halo]
+// and its adjoint, with c = r*n + k:
+//   grad_maps[b,c,y,x] = sum_e ( grad_h[b,r, y - halo,           x + pad_h[c,e]]
+//                              + grad_v[b,r, y + pad_v[c,e],     x - halo]
+//                              + [pick[r,e] == c] grad_i[b,r, y - halo, x - halo] )
+struct ShiftSizes {
+  int64_t images, channels, taps, edges, height, width, halo;
+};
+
+// Output planes begin <= b*R + r < end.
+template <class T>
+void shift_add_cpu(const ShiftSizes& s, const T* maps, const int32_t* pad_h, const int32_t* pad_v, const int32_t* pick,
+                   T* h, T* v, T* i, int64_t begin, int64_t end);
+
+// Maps begin <= b*R*n + c < end.
+template <class T>
+void shift_add_backward_cpu(const ShiftSizes& s, const T* grad_h, const T* grad_v, const T* grad_i,
+                            const int32_t* pad_h, const int32_t* pad_v, const int32_t* pick, T* grad_maps,
+                            int64_t begin, int64_t end);
+
+// The same on the GPU, all at once, float32. `stream` is a cudaStream_t. Each returns nullptr, or CUDA's error message.
+// The atomic form scatters every map's pixels with atomicAdd, as published: not reproducible, kept as the baseline.
+const char* shift_add_cuda(const ShiftSizes& s, const float* maps, const int32_t* pad_h, const int32_t* pad_v,
+                           const int32_t* pick, float* h, float* v, float* i, void* stream);
+const char* shift_add_atomic_cuda(const ShiftSizes& s, const float* maps, const int32_t* pad_h, const int32_t* pad_v,
+                                  const int32_t* pick, float* h, float* v, float* i, void* stream);
+const char* shift_add_backward_cuda(const ShiftSizes& s, const float* grad_h, const float* grad_v, const float* grad_i,
+                                    const int32_t* pad_h, const int32_t* pad_v, const int32_t* pick, float* grad_maps,
+                                    void* stream);
+
+// Strip form. x (B, R, H, W); kernel_h (R, 1, N, L); kernel_v (R, 1, L, N); kernel_c (R, 1, S, S), S odd. An anchor is
+// the tap along the long side that lies on the output pixel:
+//   h[b,r,y,x] = sum_a sum_t kernel_h[r,0,a,t] x[b,r, y + a - N/2,        x + t - anchor_h]
+//   v[b,r,y,x] = sum_t sum_a kernel_v[r,0,t,a] x[b,r, y + t - anchor_v,   x + a - N/2]
+//   i[b,r,y,x] = sum_t sum_a kernel_c[r,0,t,a] x[b,r, y + t - S/2,        x + a - S/2]
+// Every sum has one order, whatever the batch or the number of threads.
+struct StripSizes {
+  int64_t images, channels, height, width;
+  int64_t length_h, breadth_h, anchor_h, length_v, breadth_v, anchor_v, small;
+};
+
+// Independent pieces of work of the two forward functions: a channel of a few images each.
+template <class T>
+int64_t strip_tasks(const StripSizes& s);
+
+template <class T>
+void strip_branches_cpu(const StripSizes& s, const T* x, const T* kernel_h, const T* kernel_v, const T* kernel_c, T* h,
+                        T* v, T* i, int64_t begin, int64_t end);
+
+// y = h + v + i + bias; bias may be null.
+template <class T>
+void strip_mix_cpu(const StripSizes& s, const T* x, const T* kernel_h, const T* kernel_v, const T* kernel_c,
+                   const T* bias, T* y, int64_t begin, int64_t end);
+
+// Channels begin <= r < end.
+template <class T>
+void strip_branches_backward_cpu(const StripSizes& s, const T* grad_h, const T* grad_v, const T* grad_i, const T* x,
+                                 const T* kernel_h, const T* kernel_v, const T* kernel_c, T* grad_x, T* grad_kernel_h,
+                                 T* grad_kernel_v, T* grad_kernel_c, int64_t begin, int64_t end);
+
+}  // namespace swconv

@@ -1,0 +1,148 @@
+"""One verb per rule: `python -m swconv VERB`. Heavy imports wait until a verb needs them, so that --help answers at once."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+PARAMS = Path("params")
+CHECKPOINTS = Path("checkpoints")
+DATABASE = Path("mlflow.db")
+
+
+def build(args: argparse.Namespace) -> None:
+    from swconv import build as builder
+
+    builder.build(args.out)
+
+
+def data(args: argparse.Namespace) -> None:
+    from swconv import params
+    from swconv.training import manifest
+
+    record = manifest.prepare(params.load(PARAMS).profile(args.profile).dataset.model_dump(exclude_none=True), args.out)
+    logging.info("%s: %d training and %d validation images", args.out, record["n_train"], record["n_val"])
+
+
+def train(args: argparse.Namespace) -> None:
+    from swconv.training import loop
+
+    record = _record(args, "swconv.training.loop")
+    loop.train(record["config"], args.data, args.out, CHECKPOINTS / record["key"], record, args.log_every)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    from swconv.training import evaluation
+
+    record = _record(args, "swconv.training.evaluation")
+    evaluation.evaluate(record["config"], args.data, args.weights, args.out, record)
+
+
+def track(args: argparse.Namespace) -> None:
+    from swconv import params
+    from swconv.training import record, tracking
+
+    known = params.load(PARAMS)
+    runs = [
+        tracking.RunFiles(run=run, seed=seed, train=_folder(args, "train", run, seed), evaluate=_folder(args, "evaluate", run, seed))
+        for run in known.trained(known.report_rows(args.report), args.profile) for seed in args.seeds
+    ]
+    record.write_json(args.out, tracking.replay(args.report, runs, DATABASE))
+
+
+def report(args: argparse.Namespace) -> None:
+    from swconv import params
+    from swconv.reporting.comparison import Control, Row
+    from swconv.reporting.table2 import build_table2
+
+    known = params.load(PARAMS)
+    plan, ids = known.reports[args.report], known.report_rows(args.report)
+    rows = [Row(run=run, label=known.runs[run].label, model=known.runs[run].text,
+                same_as={profile: known.same_as(run, profile, ids) for profile in known.profiles}) for run in plan.rows]
+    controls = [Control(run=run, model=known.runs[run].text, of=known.base(run, plan.rows)) for run in plan.controls]
+    proxy, imagenet = ("mini", "paper") if args.profile == "paper" else (args.profile, None)
+    build_table2(rows, controls, _evidence(proxy, args.seeds), args.out,
+                 command=f"snakemake --cores all {args.out / args.report}.md",
+                 imagenet=imagenet and _evidence(imagenet, args.seeds))
+
+
+def ui(args: argparse.Namespace) -> None:
+    import os
+
+    from swconv.training import tracking
+
+    command = tracking.ui_command(DATABASE, "snakemake --cores 1 --forcerun track")
+    os.execvp(command[0], command)
+
+
+def _evidence(profile: str, seeds: list[int]):
+    from swconv.reporting.runs import Evidence
+
+    return Evidence(profile=profile, seeds=tuple(seeds), artifacts=Path("artifacts"))
+
+
+def _folder(args: argparse.Namespace, stage: str, run: str, seed: int) -> Path:
+    return Path("artifacts") / args.profile / stage / run / f"seed{seed}"
+
+
+def _record(args: argparse.Namespace, module: str) -> dict:
+    """Circumstances of a run, under its key."""
+    from swconv import fingerprint, params
+    from swconv.training import manifest, record
+
+    known = params.load(PARAMS)
+    config, identity = known.resolve(args.run, args.profile), known.identity(args.run, args.profile)
+    code = fingerprint.fingerprint(module, csrc=True)
+    data_sha256 = manifest.read(args.data)["manifest_sha256"]
+    return record.circumstances(key=params.key(identity, data_sha256, code, args.seed), run=args.run, profile=args.profile,
+                                seed=args.seed, code=code, config=config, data_sha256=data_sha256)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m swconv", description="ShiftwiseConv and SLaK, stage by stage.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(function, summary: str, *arguments: str) -> None:
+        sub = verbs.add_parser(function.__name__, help=summary, description=summary)
+        sub.set_defaults(function=function)
+        for name in arguments:
+            sub.add_argument(name, **_ARGUMENTS[name])
+
+    verb(build, "compile csrc/ and record how", "--out")
+    verb(data, "make or check a profile's images and write their manifest", "--profile", "--out")
+    verb(train, "train one run; a killed training resumes", "run", "--profile", "--seed", "--data", "--out", "--log-every")
+    verb(evaluate, "measure trained weights, in training form and merged", "run", "--profile", "--seed", "--data",
+         "--weights", "--out")
+    verb(track, "replay the runs of a report into MLflow", "report", "--profile", "--seeds", "--out")
+    verb(report, "write a table with its figure and provenance", "report", "--profile", "--seeds", "--out")
+    verb(ui, "open the MLflow pages")
+    return parser
+
+
+_ARGUMENTS = {
+    "run": {"help": "id of a row of params/runs.yaml, e.g. sw11"},
+    "report": {"help": "id of a report of params/runs.yaml, e.g. table2"},
+    "--profile": {"required": True, "help": "scale: a file of params/profiles/"},
+    "--seed": {"required": True, "type": int},
+    "--seeds": {"required": True, "type": int, "nargs": "+"},
+    "--data": {"required": True, "type": Path, "help": "folder with data.json"},
+    "--weights": {"required": True, "type": Path},
+    "--out": {"required": True, "type": Path, "help": "where the results go"},
+    "--log-every": {"type": int, "default": 0, "metavar": "STEPS", "help": "also log every so many steps"},
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a verb. Expected faults end in one sentence on stderr and exit code 1."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        args.function(args)
+    except (OSError, ValueError, RuntimeError) as error:
+        sys.stderr.write(f"swconv {args.verb}: {error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

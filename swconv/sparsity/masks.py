@@ -1,0 +1,184 @@
+"""Masks: which weights have one, how it is drawn, pruned and grown.
+
+A mask is a bool Tensor, True where the weight lives. It has the shape of its weight, or (filters, in, 1, 1) where
+whole filters live and die. Random draws come from the caller's CPU generator, so they are the same on every device.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor, nn
+
+# The names of the released code and those of swconv.models.
+_BRANCH = re.compile(r"(?P<layer>(?:.+\.)?(?:large_kernel\.LoRAs|mixer\.filters))\.\d+(?:\.weight)?")
+_SINGLE = re.compile(r"(?:.+\.)?large_kernel\.LoRA\d?(?:\.\w+)?\.weight")
+_OTHERS = {
+    "none": re.compile(r"(?!)"),
+    "pointwise": re.compile(r"(?:.+\.)?pwconv\d(?:\.\d+)?\.weight"),
+    "body": re.compile(r"(?!downsample_layers\.|stem\.|stages\.\d+\.downsample\.)(?:.+\.)?weight"),
+    "all": re.compile(r"(?:.+\.)?weight"),
+}
+OTHERS = tuple(_OTHERS)
+
+# SW, `use_embed_mask`: the other branches aim at density 0.5 where branch 0 has 0.7.
+SUBSET_PRUNE = 5 / 3
+SUBSET_GROW = 5 / 7
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Weights that share one density: the Rep branches of a large kernel, or a single weight.
+
+    Attributes
+    ----------
+    name : str
+        What the branches have in common, or the name of the single weight.
+    branches : tuple of str
+        Parameter names; branch 0 first.
+    large_kernel : bool
+        Whether this is a filter bank or strip of a large kernel.
+    per_filter : bool
+        Whether whole filters live and die.
+    """
+
+    name: str
+    branches: tuple[str, ...]
+    large_kernel: bool
+    per_filter: bool
+
+    def reduce(self, values: Tensor, how: str) -> Tensor:
+        """Bring a Tensor of the weight's shape to the mask's: 'sum' or 'mean' over each filter."""
+        return getattr(values, how)((2, 3), keepdim=True) if self.per_filter else values
+
+
+def select_layers(model: nn.Module, granularity: str, others: str) -> list[Layer]:
+    """List what is to be sparse, in the order of the model's parameters.
+
+    Parameters
+    ----------
+    model : nn.Module
+        With the parameter names of the released code or of swconv.models.
+    granularity : {"filter", "element"}
+        Of the masks on the large kernels; all other masks are element-wise.
+    others : {"none", "pointwise", "body", "all"}
+        What is sparse beside the large kernels: nothing (the official flag only_L), the pointwise layers
+        (rep_coarse), all but the stem and the downsampling layers (coarse), all (origin, SLaK). Norms, biases and
+        scales, GRN's 4-D ones included, never are.
+
+    Raises
+    ------
+    ValueError
+        If the model has no large kernel under these names.
+    """
+    branches: dict[str, list[str]] = {}
+    large = set()
+    for name, weight in model.named_parameters():
+        if weight.ndim not in (2, 4):
+            continue
+        branch = _BRANCH.fullmatch(name)
+        if branch or _SINGLE.fullmatch(name):
+            key = branch["layer"] if branch else name
+            branches.setdefault(key, []).append(name)
+            large.add(key)
+        elif _OTHERS[others].fullmatch(name):
+            branches[name] = [name]
+    if not large:
+        raise ValueError(
+            "Sparse training needs large-kernel parameters (large_kernel.LoRA*, mixer.filters.*), got none in "
+            f"{type(model).__name__}. "
+            "Leave the recipe's sparsity out (null) for this model."
+        )
+    return [
+        Layer(key, tuple(names), key in large, key in large and granularity == "filter")
+        for key, names in branches.items()
+    ]
+
+
+def draw(shape: tuple[int, ...], density: float, generator: Generator) -> Tensor:
+    """Draw a mask on the CPU whose entries live independently with probability `density`."""
+    return torch.rand(shape, generator=generator) < density
+
+
+def weakest_first(mask: Tensor, score: Tensor) -> Tensor:
+    """Order all entries by score; among zero scores the dead come first, then the lower index."""
+    return torch.where(mask | (score > 0), score, -1).flatten().argsort(stable=True)
+
+
+def _cut(mask: Tensor, order: Tensor, count: int) -> Tensor:
+    """Kill the first `count` entries of an order."""
+    cut = mask.flatten().clone()
+    cut[order[:count]] = False
+    return cut.view_as(mask)
+
+
+def prune(mask: Tensor, score: Tensor, rate: float) -> Tensor:
+    """Kill the k = z + ceil(rate * a) entries of lowest score; a entries of the mask are alive and z are dead.
+
+    Where every dead entry scores 0, as with a weight's own magnitudes, exactly ceil(rate * a) die. The magnitudes
+    summed over branches may score dead entries of branch 0 above 0; then more die, as in the published code.
+    """
+    alive = int(mask.sum())
+    return _cut(mask, weakest_first(mask, score), mask.numel() - alive + math.ceil(rate * alive))
+
+
+def grow(mask: Tensor, count: int, growth: str, generator: Generator) -> Tensor:
+    """Revive dead entries at random.
+
+    Parameters
+    ----------
+    mask : bool Tensor
+    count : int
+        How many to revive; at most the number of dead entries.
+    growth : {"bernoulli", "exact"}
+        Each dead entry on its own with probability count / dead, so that `count` holds on average only (as
+        published: the density walks at random); or exactly `count` of them.
+    """
+    dead = int((~mask).sum())
+    if dead == 0 or count == 0:
+        return mask
+    if growth == "bernoulli":
+        return mask | draw(mask.shape, count / dead, generator).to(mask.device)
+    places = (~mask).flatten().nonzero().squeeze(1)
+    chosen = torch.randperm(dead, generator=generator)[:count].to(mask.device)
+    grown = mask.flatten().clone()
+    grown[places[chosen]] = True
+    return grown.view_as(mask)
+
+
+def prune_and_grow(
+    mask: Tensor, score: Tensor, rate: float, growth: str, generator: Generator
+) -> tuple[Tensor, Tensor]:
+    """Prune, then grow as many as died. Returns the pruned mask and the final one."""
+    pruned = prune(mask, score, rate)
+    return pruned, grow(pruned, int(mask.sum()) - int(pruned.sum()), growth, generator)
+
+
+def subset_update(
+    mask: Tensor, base: Tensor, pruned: Tensor, grown: Tensor, score: Tensor, rate: float, generator: Generator
+) -> Tensor:
+    """Update another branch's mask so that it is a random, sparser subset of branch 0's (SW Table 2, #22).
+
+    In the order of the shared magnitudes, ceil(5/3 * rate * alive) entries die beyond those that were dead in
+    branch 0; every entry that branch 0 grew is copied with probability 5/7.
+
+    Parameters
+    ----------
+    mask : bool Tensor
+        Of this branch, before the update.
+    base, pruned, grown : bool Tensor
+        Of branch 0: before the update, after pruning, after growth.
+    score : Tensor
+        Magnitudes summed over all branches.
+    rate : float
+        Prune rate of branch 0.
+
+    Notes
+    -----
+    The published code stops with an error from the third branch on, and lets entries live that died in branch 0 when
+    this branch is less than 3/5 as dense. Here any number of branches works, and what died in branch 0 is dead.
+    """
+    count = int((~base).sum()) + math.ceil(min(1, SUBSET_PRUNE * rate) * int(mask.sum()))
+    kept = _cut(mask, weakest_first(base, score), count) & pruned
+    return kept | (grown & ~pruned & draw(mask.shape, SUBSET_GROW, generator).to(mask.device))

@@ -1,0 +1,46 @@
+"""Evaluation: what finished weights do on the validation images, in training form and merged."""
+
+import hashlib
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from timm.utils import reparameterize_model
+
+from swconv.training.data import MEMORY_FORMATS, ValLoader
+from swconv.training.loop import VAL_BATCH, build, normaliser, prepare_machine, scores
+from swconv.training.record import values, write_json
+
+
+def evaluate(config: Mapping[str, Any], data_dir: Path, weights: Path, out: Path, record: dict[str, Any]) -> None:
+    """Measure finished weights; publish metrics.json and run.json.
+
+    Raises
+    ------
+    ValueError
+        When the weights are not those that were published (sha256), or do not fit the model.
+    """
+    began = time.monotonic()
+    device = prepare_machine(config["machine"])
+    dataset = config["dataset"]
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    stamp = weights.with_name(weights.name + ".sha256").read_text().strip()
+    if digest != stamp:
+        raise ValueError(f"{weights} is damaged: its sha256 is {digest[:12]}..., published was {stamp[:12]}.... "
+                         f"Restore it with `dvc checkout --force {weights.parent.parent}` or train it again.")
+    model = build(config).to(device, memory_format=MEMORY_FORMATS[config["machine"]["memory_format"]])
+    model.load_state_dict(load_file(weights))
+    val = ValLoader(dataset, data_dir, VAL_BATCH)
+    prepare = normaliser(config, device)
+    plain = scores(model, val, prepare, device)
+    merged = scores(reparameterize_model(model.eval()), val, prepare, device)
+    metrics = {name: (plain[name], unit) for name, unit in (("top1", "%"), ("top5", "%"), ("loss", ""), ("images", "images"))}
+    metrics["top1_merged"] = (merged["top1"], "%")
+    metrics["merged_logit_difference"] = ((plain["logits"] - merged["logits"]).abs().max().item(), "")
+    for distance, top1 in plain["top1_by_distance"].items():
+        metrics[f"top1_distance_{distance}"] = (top1, "%")
+    write_json(out / "run.json", record | {"weights_sha256": digest, "seconds": round(time.monotonic() - began, 1),
+                                           "resumed_from_epoch": None})
+    write_json(out / "metrics.json", values(**metrics))

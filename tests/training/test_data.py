@@ -1,0 +1,208 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from swconv.training import data, digits, manifest
+
+DIGITS = {
+    "name": "digits",
+    "root": None,
+    "train_images": 60,
+    "val_images": 30,
+    "image_size": 48,
+    "in_chans": 1,
+    "num_classes": 10,
+    "mean": (0.1,),
+    "std": (0.25,),
+    "crop_pct": 1.0,
+    "interpolation": "bicubic",
+    "cache": True,
+    "workers": 0,
+}
+STREAMED = DIGITS | {"cache": False}
+PLAIN = {
+    "batch_size": 8,
+    "random_resized_crop": False,
+    "hflip": 0.0,
+    "rand_augment": None,
+    "random_erasing": 0.0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "label_smoothing": 0.0,
+}
+AUGMENTED = PLAIN | {"random_resized_crop": True, "hflip": 0.5, "rand_augment": "rand-m9-mstd0.5-inc1"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data")
+    manifest.prepare(DIGITS, path)
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Two classes of colour JPEGs of 40 x 30 pixels, two per class and split."""
+    dataset = DIGITS | {"name": "photos", "root": str(tmp_path / "photos"), "num_classes": 2, "image_size": 28}
+    for split in manifest.SPLITS:
+        for label in range(2):
+            place = tmp_path / "photos" / split / f"n{label}"
+            place.mkdir(parents=True)
+            for i in range(2):
+                Image.effect_noise((40, 30), 60).convert("RGB").save(place / f"{i}.jpeg")
+    manifest.prepare(dataset, tmp_path)
+    return dataset | {"cache": False, "in_chans": 3, "crop_pct": 0.875}, tmp_path
+
+
+@pytest.mark.parametrize("dataset", [DIGITS, STREAMED])
+def test_validation_yields_the_composed_pixels_in_file_order_with_distances(folder, dataset):
+    loader = data.ValLoader(dataset, folder, batch_size=8)
+    images, labels = _join(loader)
+    expected, classes, distances = digits.compose("val", 30)
+    order = np.argsort(classes, kind="stable")
+    np.testing.assert_array_equal(images[:, 0], expected[order])
+    np.testing.assert_array_equal(labels, classes[order])
+    np.testing.assert_array_equal(loader.distances, distances[order])
+    assert [len(batch) for batch, _ in loader] == [8, 8, 8, 6]
+    assert len(loader) == 4
+
+
+def test_an_epoch_holds_no_image_twice_and_drops_the_remainder(folder):
+    loader = data.TrainLoader(DIGITS, PLAIN, folder, seed=0)
+    images, _ = _join(loader.epoch(1))
+    assert len(loader) == 7
+    assert len(images.flatten(1).unique(dim=0)) == len(images) == 56
+
+
+def test_images_keep_their_labels_when_shuffled(folder):
+    expected = dict(zip(map(bytes, digits.compose("train", 60)[0]), digits.compose("train", 60)[1], strict=True))
+    for images, labels in data.TrainLoader(DIGITS, PLAIN, folder, seed=0).epoch(1):
+        assert [expected[image.numpy().tobytes()] for image in images] == labels.tolist()
+
+
+def test_order_depends_on_seed_and_epoch(folder):
+    first = _join(data.TrainLoader(DIGITS, PLAIN, folder, seed=0).epoch(1))[0]
+    assert torch.equal(first, _join(data.TrainLoader(DIGITS, PLAIN, folder, seed=0).epoch(1))[0])
+    assert not torch.equal(first, _join(data.TrainLoader(DIGITS, PLAIN, folder, seed=0).epoch(2))[0])
+    assert not torch.equal(first, _join(data.TrainLoader(DIGITS, PLAIN, folder, seed=1).epoch(1))[0])
+
+
+def test_memory_and_files_give_the_same_batches(folder):
+    cached = _join(data.TrainLoader(DIGITS, PLAIN, folder, seed=3).epoch(2))
+    streamed = _join(data.TrainLoader(STREAMED, PLAIN, folder, seed=3).epoch(2))
+    assert all(map(torch.equal, cached, streamed))
+
+
+def test_augmentation_depends_on_seed_epoch_and_image_alone(folder):
+    here = data.TrainLoader(STREAMED, AUGMENTED, folder, seed=0)
+    used = [_join(here.epoch(epoch))[0] for epoch in (1, 2)]
+    random.seed(7), np.random.seed(7), torch.manual_seed(7)
+    workers = data.TrainLoader(STREAMED | {"workers": 2}, AUGMENTED, folder, seed=0)
+    resumed = _join(workers.epoch(2))[0]
+    assert torch.equal(used[1], resumed)
+    assert torch.equal(used[0], _join(workers.epoch(1))[0])
+
+
+def test_an_image_is_augmented_anew_in_every_epoch(folder):
+    images = data.TrainLoader(STREAMED, AUGMENTED, folder, seed=0)._source.loader.dataset
+    assert not np.array_equal(images[1, 5][0], images[2, 5][0])
+
+
+@pytest.mark.parametrize("dataset", [DIGITS, STREAMED, STREAMED | {"workers": 1}])
+def test_global_generators_stay_as_they_are(folder, dataset):
+    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    loader = data.TrainLoader(dataset, PLAIN if dataset["cache"] else AUGMENTED, folder, seed=0)
+    _join(loader.epoch(1)), _join(data.ValLoader(dataset, folder, 8))
+    assert random.getstate() == before[0]
+    assert np.array_equal(np.random.get_state()[1], before[1])
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+def test_certain_flip_alone_mirrors_every_image(folder):
+    plain = _join(data.TrainLoader(STREAMED, PLAIN, folder, seed=0).epoch(1))[0]
+    flipped = _join(data.TrainLoader(STREAMED, PLAIN | {"hflip": 1.0}, folder, seed=0).epoch(1))[0]
+    assert torch.equal(flipped, plain.flip(-1))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_strongest_posterize_blackens_instead_of_crashing(mode):
+    """RandAugment m9-mstd0.5 draws magnitudes up to 10, where timm asks for 0 bits and Pillow 13 refuses them."""
+    recipe = PLAIN | {"rand_augment": "rand-m10-inc1-n1"}
+    *_, augment, _ = data._train_transform(DIGITS, recipe).transforms
+    (posterize,) = [op for op in augment.ops if op.name == "PosterizeIncreasing"]
+    posterize.prob = 1.0
+    image = posterize(Image.effect_noise((8, 8), 60).convert(mode))
+    assert image.mode == mode
+    assert not np.asarray(image).any()
+
+
+def test_photos_are_resized_and_cropped_to_colour_or_grey(photos):
+    dataset, path = photos
+    for in_chans in (1, 3):
+        loader = data.ValLoader(dataset | {"in_chans": in_chans}, path, batch_size=4)
+        ((images, labels),) = loader
+        assert images.shape == (4, in_chans, 28, 28)
+        assert images.dtype == torch.uint8
+        assert labels.tolist() == [0, 0, 1, 1]
+        assert loader.distances is None
+
+
+def test_random_transform_is_not_kept_in_memory(folder):
+    with pytest.raises(ValueError, match="has cache: true, which needs a recipe that does not augment at random"):
+        data.TrainLoader(DIGITS, AUGMENTED, folder, seed=0)
+
+
+def test_less_than_one_batch_is_refused(folder):
+    with pytest.raises(ValueError, match="at least one batch of 64 images, got 60 images"):
+        data.TrainLoader(DIGITS, PLAIN | {"batch_size": 64}, folder, seed=0)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_image_stops_with_one_sentence(photos, workers):
+    dataset, path = photos
+    bad = path / "photos" / "train" / "n1" / "0.jpeg"
+    bad.write_bytes(b"")
+    loader = data.TrainLoader(dataset | {"workers": workers}, PLAIN | {"batch_size": 2}, path, seed=0)
+    with pytest.raises(manifest.ImageError, match=f"^{bad} needs to be a readable image, got .*again[.]$"):
+        _join(loader.epoch(1))
+
+
+def test_input_is_normalised_per_channel_in_the_asked_memory_format():
+    images = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, 4, 4)
+    x = data.to_input(images, [0.0, 0.1, 0.5], [1.0, 0.2, 0.25], "cpu", "channels_last")
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(x[1, :, 2, 3], torch.tensor([0.0, 0.5, 2.0]))
+    assert images[0, 2, 0, 0] == 255
+
+
+def test_mean_that_does_not_fit_the_channels_is_refused():
+    with pytest.raises(ValueError, match="got 1 channels, 3 means and 1 stds"):
+        data.to_input(torch.zeros(1, 1, 2, 2, dtype=torch.uint8), [0.1] * 3, [0.2], "cpu", "contiguous")
+
+
+def test_mixup_is_a_function_of_numpys_generator():
+    assert data.mixup_for(PLAIN, num_classes=10) is None
+    mixup = data.mixup_for(PLAIN | {"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1}, num_classes=10)
+    images, labels = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
+    results = []
+    for seed in (0, 0, 1):
+        np.random.seed(seed)
+        results.append(mixup(images.clone(), labels))
+    torch.testing.assert_close(results[0][1].sum(1), torch.ones(4))
+    assert all(map(torch.equal, results[0], results[1]))
+    assert not torch.equal(results[0][1], results[2][1])
+
+
+def test_random_erasing_replaces_part_of_an_image():
+    assert data.erasing_for(PLAIN, "cpu") is None
+    erased = data.erasing_for(PLAIN | {"random_erasing": 1.0}, "cpu")(torch.full((4, 1, 32, 32), 9.0))
+    share = (erased != 9).float().mean((1, 2, 3))
+    assert (0 < share).all() and (share < 0.4).all()
+
+
+def _join(batches):
+    images, labels = zip(*batches, strict=True)
+    return torch.cat(images), torch.cat(labels)

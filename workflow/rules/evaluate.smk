@@ -1,0 +1,28 @@
+# A trained run on the validation images, with its branches merged and by distance. The weights are taken as ancient
+# and their digest by content: DVC gives large files a new date, which means nothing.
+EVALUATION = "artifacts/{profile}/evaluate/{run}/seed{seed}"
+
+
+rule evaluate:
+    input:
+        data=f"{DATA}/data.json",
+        library=ancient(f"{BUILD}/build.json"),
+        csrc=f"{BUILD}/csrc.meaning",
+        weights=ancient(f"{RUN}/weights.safetensors"),
+        digest=f"{RUN}/weights.safetensors.sha256",
+    output:
+        metrics=f"{EVALUATION}/metrics.json",
+        run=f"{EVALUATION}/run.json",
+    params:
+        row=row,
+        code=fingerprint("swconv.training.loop", csrc=True),
+        data=subpath(input.data, parent=True),
+        out=subpath(output.metrics, parent=True),
+    log:
+        "logs/evaluate/{profile}-{run}-seed{seed}.log",
+    threads: machine_threads
+    resources:
+        gpu=machine_gpus,
+    shell:
+        "{PYTHON:q} -m swconv evaluate {wildcards.run} --profile {wildcards.profile} --seed {wildcards.seed}"
+        " --data {params.data} --weights {input.weights} --out {params.out} 2>&1 | tee -a {log}"

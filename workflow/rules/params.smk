@@ -1,0 +1,88 @@
+"""What the rules read from params/, and the one sentence that stops everything when it is wrong."""
+
+import json
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+sys.path.insert(0, str(workflow.basedir))
+
+from swconv import params as params_yaml
+from swconv.fingerprint import fingerprint
+
+PYTHON = sys.executable
+
+
+@contextmanager
+def one_sentence():
+    """Leave with the sentence of a fault in params/ alone; a WorkflowError would print more around it."""
+    try:
+        yield
+    except params_yaml.ParamsError as error:
+        sys.exit(str(error))
+
+
+def asked_seeds(asked):
+    """`--config seeds=0,1,2`, `seeds=0` or a YAML list, as numbers."""
+    items = asked if isinstance(asked, list) else str(asked).replace(",", " ").split()
+    if not items or not all(str(item).isdecimal() for item in items):
+        sys.exit(f"--config seeds needs whole numbers, as in seeds=0,1,2; got seeds={asked}.")
+    return tuple(dict.fromkeys(int(item) for item in items))
+
+
+def asked_active():
+    """Profile and seeds: those of --config, else those of params/active.yaml."""
+    if unknown := config.keys() - {"profile", "seeds"}:
+        sys.exit(f"--config takes profile and seeds, got {', '.join(sorted(unknown))}.")
+    active = PARAMS.active
+    return active.model_copy(
+        update={
+            "profile": str(config.get("profile", active.profile)),
+            "seeds": asked_seeds(config["seeds"]) if "seeds" in config else active.seeds,
+        }
+    )
+
+
+def activate():
+    """Keep what --config asked for, so that DVC and the next command ask for the same."""
+    params_yaml.write_active(Path("params/active.yaml"), ACTIVE.profile, ACTIVE.seeds)
+
+
+with one_sentence():
+    PARAMS = params_yaml.load(Path("params"))
+    ACTIVE = asked_active()
+    PARAMS.check_data(ACTIVE.profile)
+
+
+def row(wildcards):
+    """All that a run takes from params/: its own resolved row, as text."""
+    with one_sentence():
+        return PARAMS.identity(wildcards.run, wildcards.profile)
+
+
+def same_as(wildcards):
+    """The earlier row of the report that is the same experiment at this scale."""
+    with one_sentence():
+        return PARAMS.same_as(wildcards.run, wildcards.profile, PARAMS.report_rows("table2"))
+
+
+def dataset(wildcards):
+    """What a profile's data are made from; stops where the user has to provide them and did not."""
+    with one_sentence():
+        PARAMS.check_data(wildcards.profile)
+    return PARAMS.profiles[wildcards.profile].dataset.model_dump_json()
+
+
+def machine_threads(wildcards):
+    return PARAMS.profiles[wildcards.profile].threads
+
+
+def machine_gpus(wildcards):
+    """1 where the profile computes on a GPU, else 0: a cap on GPUs must not make CPU runs wait for each other."""
+    return int(PARAMS.profiles[wildcards.profile].uses_gpu)
+
+
+wildcard_constraints:
+    profile="[^/]+",
+    run="[^/]+",
+    seed="[0-9]+",

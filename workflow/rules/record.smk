@@ -1,0 +1,51 @@
+"""After every run: what is current goes into dvc.lock. When DVC itself asks (via-snakemake), it records on its own."""
+
+import logging
+import subprocess
+from hashlib import sha256
+
+from snakemake.common import NOTHING_TO_BE_DONE_MSG
+from snakemake.logging import logger
+
+RECORDED = Path(".snakemake/swconv.recorded")
+
+
+def current_outputs():
+    """Outputs of every job of this command that ran to its end, or that had no reason to run."""
+    dag = workflow.dag
+    return sorted(str(file) for job in dag.jobs if dag.finished(job) or not dag.needrun(job) for file in job.output)
+
+
+def state(outputs):
+    """Hash of names, sizes and dates of all that dvc.lock speaks of: a look that costs no DVC."""
+    folders = [Path("params"), Path("swconv"), Path("csrc"), Path("reports/paper")]
+    sources = [path for folder in folders for path in folder.rglob("*.*") if path.suffix not in (".pyc", ".so")]
+    known = [*map(Path, outputs), Path("dvc.yaml"), Path("dvc.lock"), *sorted(sources)]
+    stats = [(str(path), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in known if path.is_file()]
+    return sha256(repr(stats).encode()).hexdigest()
+
+
+def record():
+    """Record in dvc.lock, unless all is as it was when that was last done. Never fails the run."""
+    if "SWCONV_UNDER_DVC" in os.environ:
+        return
+    outputs = current_outputs()
+    if RECORDED.exists() and RECORDED.read_text() == state(outputs):
+        return
+    done = subprocess.run([PYTHON, "workflow/scripts/dvc_sync.py"], input="\n".join(outputs), text=True)
+    if done.returncode == 0:
+        RECORDED.write_text(state(outputs))
+
+
+class NothingToDo(logging.Filter):
+    """Snakemake calls no hook when there is nothing to do; it only says so."""
+
+    def filter(self, message):
+        if message.msg == NOTHING_TO_BE_DONE_MSG and not workflow.dryrun and not workflow.touch:
+            activate()
+            record()
+        return True
+
+
+if workflow.is_main_process:
+    logger.addFilter(NothingToDo())

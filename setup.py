@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 
@@ -35,14 +34,17 @@ NINJA = """\
 builddir = {build}
 rule cxx
   command = {cxx} -MMD -MF $out.d {cxx_flags} -c $in -o $out
+  description = {cxx} $in
   depfile = $out.d
   deps = gcc
 rule nvcc
   command = {nvcc} -MD -MF $out.d {nvcc_flags} -c $in -o $out > {build}/ptxas.log 2>&1 || (cat {build}/ptxas.log; exit 1)
+  description = nvcc $in
   depfile = $out.d
   deps = gcc
 rule link
   command = {cxx} -shared -o $out $in {link_flags}
+  description = link $out
 """
 
 
@@ -105,7 +107,6 @@ class BuildNative(build_ext):
             cuda, reason = None, f"{CUDA_SOURCE} did not compile (see {BUILD}/ptxas.log)"
         if cuda is None:
             logging.warning("Building without CUDA: %s.", reason)
-            (BUILD / "ptxas.log").unlink(missing_ok=True)
         self.write_ninja(cuda, reason)
         self.ninja("_C.abi3.so")
         self.place(Path(self.get_ext_fullpath(ext.name)))
@@ -171,11 +172,10 @@ class BuildNative(build_ext):
 
     def copy_extensions_to_source(self):
         for ext in self.extensions:
-            self.place(ROOT / "swconv" / self.get_ext_filename(ext.name).rsplit("/")[-1])
+            self.place(ROOT / self.get_ext_filename(ext.name))
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     setup(
         ext_modules=[Extension("swconv._C", [*CXX_SOURCES, CUDA_SOURCE], depends=["csrc/swconv.h"], py_limited_api=True)],
         cmdclass={"build_ext": BuildNative},

@@ -1,5 +1,6 @@
-// The operator's place in torch: schemas, argument checks, threads. The only file that includes torch, and of torch only
-// the stable ABI, so that one library serves every torch from 2.11 on. Autograd and fake kernels: swconv/ops/native.py.
+// The operator's place in torch: schemas, argument checks, threads. The only file that includes torch, and of torch
+// only the stable ABI, so that one library serves every torch from 2.11 on. Autograd and fake kernels are registered
+// in swconv/ops/native.py.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

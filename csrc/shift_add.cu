@@ -104,7 +104,8 @@ const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr :
 
 // One block row per plane of `pixels`. No launch for an empty tensor: CUDA refuses an empty grid.
 template <class... Parameters, class... Arguments>
-const char* launch(void (*kernel)(Parameters...), int64_t planes, int64_t pixels, void* stream, Arguments... arguments) {
+const char* launch(void (*kernel)(Parameters...), int64_t planes, int64_t pixels, void* stream,
+                   Arguments... arguments) {
   if (planes == 0 || pixels == 0) return nullptr;
   const dim3 grid(static_cast<unsigned>(planes), static_cast<unsigned>((pixels + kThreads - 1) / kThreads));
   kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);

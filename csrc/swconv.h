@@ -1,8 +1,8 @@
 // The operator's kernels, free of torch: raw pointers, sizes, ranges of work. binding.cpp gives them to torch.
 //
-// Letters: B images, R channels, n filters per channel, E edges, H x W pixels; L and N the long and the short side of
-// a strip (the two strips may differ), S the side of the small kernel. All tensors are contiguous, in the order of their letters. Anything that is
-// read outside a map is 0.
+// Letters: B images, R channels, n filters per channel, E edges, H x W pixels; L and N the long and the short side of a
+// strip (the two strips may differ), S the side of the small kernel. All tensors are contiguous, in the order of their
+// letters. Anything that is read outside a map is 0.
 #pragma once
 
 #include <cstdint>

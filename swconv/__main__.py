@@ -20,7 +20,8 @@ def data(args: argparse.Namespace) -> None:
     from swconv import params
     from swconv.training import manifest
 
-    record = manifest.prepare(params.load(PARAMS).profile(args.profile).dataset.model_dump(exclude_none=True), args.out)
+    dataset = params.load(PARAMS).profile(args.profile).dataset
+    record = manifest.prepare(dataset.model_dump(exclude_none=True), args.out)
     logging.info("%s: %d training and %d validation images", args.out, record["n_train"], record["n_val"])
 
 
@@ -39,15 +40,15 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def track(args: argparse.Namespace) -> None:
-    from swconv import params
-    from swconv.training import record, tracking
+    from swconv import atomic, params
+    from swconv.training import tracking
 
     known = params.load(PARAMS)
     runs = [
         tracking.RunFiles(run=run, seed=seed, train=_folder(args, "train", run, seed), evaluate=_folder(args, "evaluate", run, seed))
         for run in known.trained(known.report_rows(args.report), args.profile) for seed in args.seeds
     ]
-    record.write_json(args.out, tracking.replay(args.report, runs, DATABASE))
+    atomic.write_json(args.out, tracking.replay(args.report, runs, DATABASE))
 
 
 def report(args: argparse.Namespace) -> None:

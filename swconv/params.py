@@ -107,7 +107,7 @@ class Recipe(_Row):
 class Dataset(_Row):
     """What a profile trains on. `root` is a folder of the user; sizes are given where we make the data ourselves."""
 
-    name: Literal["digits", "imagenet"]
+    name: str
     root: str | None = None
     train_images: int | None = None
     val_images: int | None = None
@@ -132,9 +132,10 @@ class Machine(_Row):
 
 
 class Profile(_Row):
-    """A scale: which map of runs.yaml, which data and machine, and what stands for each model and recipe."""
+    """A scale: which map of runs.yaml, where its reports go, which data and machine, what stands for models and recipes."""
 
     map: Map
+    reports: str
     dataset: Dataset
     machine: Machine
     models: dict[str, dict[str, Any]]
@@ -207,7 +208,7 @@ class Params:
 
     def __init__(self, folder: Path) -> None:
         files = {name: _File(folder / f"{name}.yaml") for name in ("models", "recipes", "runs", "active")}
-        self._runs_file = files["runs"]
+        self._runs_file, self._resolved = files["runs"], {}
         self.active = files["active"].check(Active, ())
         self._models = {name: files["models"].check(_Model, (name,)) for name in files["models"].data}
         self._recipes = _inherit(files["recipes"])
@@ -236,9 +237,10 @@ class Params:
         if run not in self.runs:
             raise ParamsError(f"{self._runs_file.path}: {_unknown('run', run, self.runs)}.")
         self.profile(profile)
-        return json.loads(self._resolve(run, profile))
+        if (run, profile) not in self._resolved:
+            self._resolved[run, profile] = self._resolve(run, profile)
+        return json.loads(self._resolved[run, profile])
 
-    @functools.cache
     def _resolve(self, run: str, profile: str) -> str:
         scale = self.profiles[profile]
         line = self._ancestry(run)
@@ -257,7 +259,7 @@ class Params:
             "dataset": scale.dataset.model_dump(mode="json", exclude_none=True),
             "machine": scale.machine.model_dump(mode="json"),
         }
-        self._check_stages(run, checked["model"]["args"])
+        self._check_sense(run, checked["model"]["args"], checked["recipe"])
         return json.dumps(checked, sort_keys=True)
 
     def identity(self, run: str, profile: str) -> str:
@@ -363,11 +365,16 @@ class Params:
                 where, f"run {run}, {'.'.join([part, *at])}: {_lower(first['msg'])}, got {_short(first['input'])}"
             ) from None
 
-    def _check_stages(self, run: str, args: Mapping[str, Any]) -> None:
+    def _check_sense(self, run: str, args: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:
         counts = {key: len(args[key]) for key in ("depths", "dims", "kernel_sizes")}
         if len(set(counts.values())) > 1:
             raise self._runs_file.fault(
                 ("runs", run), f"run {run}: depths, dims and kernel_sizes need one entry per stage, got {counts}"
+            )
+        if recipe["warmup_epochs"] >= recipe["epochs"]:
+            raise self._runs_file.fault(
+                ("runs", run),
+                f"run {run}: warmup_epochs must be below epochs, got {recipe['warmup_epochs']} of {recipe['epochs']}",
             )
 
 

@@ -33,7 +33,7 @@ def shift_add(
         When the number of maps is not R * n, or the maps are smaller than their halo.
     """
     _check(maps, pad_h, pad_v, pick, halo)
-    if native.handles(maps):
+    if native.handles(maps, "shift_add"):
         return torch.ops.swconv.shift_add(maps, pad_h, pad_v, pick.to(torch.int32), halo)
     return shift_add_ref(maps, pad_h, pad_v, pick, halo)
 

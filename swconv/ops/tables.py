@@ -72,10 +72,8 @@ class ShiftTables:
         _check_positive(channels=channels, taps=taps)
         words = _Words(seed)
         straight = np.tile(np.arange(taps), (1, channels, 1))
-        if order == "shuffle_v":
-            slot_v = words.permutations(channels, taps).reshape(1, channels, taps)
-        else:
-            slot_v = straight[..., ::-1]
+        shuffled = order == "shuffle_v"
+        slot_v = words.permutations(channels, taps).reshape(1, channels, taps) if shuffled else straight[..., ::-1]
         return cls(_tensor(straight), _tensor(slot_v), words.picks(channels, taps, edges))
 
     def pads(self, extent: int, small: int, padding: int) -> tuple[Tensor, Tensor]:

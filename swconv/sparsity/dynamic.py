@@ -150,6 +150,8 @@ class SparseTraining:
             mask = draw(self._mask_shape(layer), densities[layer.name], self._generator)
             share = _share(mask)
             _log.info("%s: SNIP density %.3f, drawn %.3f", layer.name, densities[layer.name], share)
+            if share == 0:
+                _log.warning("%s starts with an empty mask, and no update will grow it", layer.name)
             if share < DENSE:
                 for name in layer.branches:
                     self.masks[name] = mask.to(self._weights[name].device, copy=True)

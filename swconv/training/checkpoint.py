@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from swconv.training.record import write_atomic
+from swconv.atomic import write_atomic
 
 KEPT = 2
 _DIGEST = hashlib.sha256().digest_size

@@ -13,7 +13,6 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 CELL, GRID = 8, 6
@@ -105,6 +104,8 @@ def _write_split(folder: Path, split: str, count: int) -> None:
 @cache
 def _scans(split: str) -> list[np.ndarray]:
     """Grey values 0 to 255 of a split's scans, per class: arrays of shape (n, 8, 8)."""
+    from sklearn.datasets import load_digits  # a second to import, and only the data rule needs it
+
     digits = load_digits()
     part = SOURCES[split]
     grey = np.round(digits.images[part] * (255 / 16)).astype(np.uint8)

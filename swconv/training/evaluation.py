@@ -9,9 +9,10 @@ from typing import Any
 from safetensors.torch import load_file
 from timm.utils import reparameterize_model
 
+from swconv.atomic import write_json
 from swconv.training.data import MEMORY_FORMATS, ValLoader
 from swconv.training.loop import VAL_BATCH, build, normaliser, prepare_machine, scores
-from swconv.training.record import values, write_json
+from swconv.training.record import values
 
 
 def evaluate(config: Mapping[str, Any], data_dir: Path, weights: Path, out: Path, record: dict[str, Any]) -> None:

@@ -28,10 +28,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import swconv.models  # noqa: F401  registers the models with timm
+from swconv.atomic import write_atomic, write_json
 from swconv.sparsity import SparseTraining
-from swconv.training import checkpoint
+from swconv.training import checkpoint, manifest
 from swconv.training.data import MEMORY_FORMATS, TrainLoader, ValLoader, erasing_for, mixup_for, to_input
-from swconv.training.record import values, write_atomic, write_json
+from swconv.training.record import values
 
 VAL_BATCH = 250
 _log = logging.getLogger(__name__)
@@ -77,7 +78,10 @@ def _train(config: Mapping[str, Any], data_dir: Path, out: Path, checkpoints: Pa
     seed, device = record["seed"], prepare_machine(machine)
     _seed(seed)
     model = build(config).to(device, memory_format=MEMORY_FORMATS[machine["memory_format"]])
-    loader, val = TrainLoader(dataset, recipe, data_dir, seed), ValLoader(dataset, data_dir, VAL_BATCH)
+    manifest.verify(data_dir)
+    pinned = device.type == "cuda"
+    loader = TrainLoader(dataset, recipe, data_dir, seed, pin_memory=pinned)
+    val = ValLoader(dataset, data_dir, VAL_BATCH, pin_memory=pinned)
     steps = len(loader)
     optimizer = torch.optim.AdamW(parameter_groups(model, recipe["weight_decay"]), lr=recipe["lr"],
                                   betas=tuple(recipe["betas"]), eps=recipe["eps"])

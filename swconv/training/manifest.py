@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from swconv.atomic import write_atomic, write_json
 from swconv.training import digits
 
 SPLITS = ("train", "val")
@@ -70,8 +71,8 @@ def prepare(dataset: dict, out: Path) -> dict:
         "hash_contents": hashed,
         "manifest_sha256": hashlib.sha256(table).hexdigest(),
     }
-    _write(out / "manifest.csv", table)
-    _write(out / "data.json", (json.dumps(record, indent=2) + "\n").encode())
+    write_atomic(out / "manifest.csv", table)
+    write_json(out / "data.json", record)
     return record
 
 
@@ -229,9 +230,3 @@ def _sha256(path: Path) -> str:
 
 def _first(names: list[str]) -> str:
     return ", ".join(islice(names, NAMED)) + (", ..." if len(names) > NAMED else "")
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)

@@ -1,7 +1,6 @@
-"""The circumstances of a result: what `run.json` holds beside `metrics.json`, and how both are written."""
+"""The circumstances of a result: what `run.json` holds beside `metrics.json`."""
 
 import hashlib
-import json
 import os
 import platform
 import subprocess
@@ -74,34 +73,6 @@ def hardware() -> dict[str, Any]:
 def values(**metrics: tuple[float, str]) -> dict[str, dict[str, Any]]:
     """`metrics.json` from name=(value, unit)."""
     return {name: {"value": value, "unit": unit} for name, (value, unit) in sorted(metrics.items())}
-
-
-def write_json(path: Path, content: Any) -> None:
-    write_atomic(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write beside, flush to disk, rename: the path holds the old content or the new, never a part.
-
-    Raises
-    ------
-    OSError
-        With one sentence when the disk is full or the folder cannot be written; nothing is left behind.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise OSError(
-            f"{path} could not be written: {error.strerror}. Make room or give write permission there, then run the same "
-            "command again; what was finished is kept."
-        ) from error
 
 
 def _git(*arguments: str) -> str | None:

@@ -29,6 +29,8 @@ PER_EPOCH = ("train_loss", "val_loss", "top1", "lr", "density", "images_per_seco
 BATCH_METRICS, BATCH_PARAMS = 1000, 100  # what one log_batch call may hold
 LOCK_SECONDS = 10
 
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # mlflow reads it on import, which the functions below do
+
 
 @dataclass(frozen=True)
 class RunFiles:
@@ -88,7 +90,7 @@ def replay(report: str, runs: list[RunFiles], database: Path) -> dict[str, str]:
             experiment = _experiment(client, _title(report, wanted[0].tags["profile"]), database)
             return _synchronise(client, experiment, wanted)
         except MlflowException as error:
-            raise OSError(_cannot(database, str(error).splitlines()[0])) from error
+            raise OSError(_cannot(database, str(error).partition(". ")[0])) from error
 
 
 def ui_command(database: Path, refill: str) -> list[str]:
@@ -338,7 +340,6 @@ def _experiment(client: "MlflowClient", title: str, database: Path) -> str:
 
 def _client(database: Path) -> "MlflowClient":
     """A client; the first on a new file creates the tables."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read at import
     from mlflow import MlflowClient
 
     for name in ("mlflow", "alembic"):

@@ -34,18 +34,14 @@ def asked_active():
     """Profile and seeds: those of --config, else those of params/active.yaml."""
     if unknown := config.keys() - {"profile", "seeds"}:
         sys.exit(f"--config takes profile and seeds, got {', '.join(sorted(unknown))}.")
-    active = PARAMS.active
-    return active.model_copy(
-        update={
-            "profile": str(config.get("profile", active.profile)),
-            "seeds": asked_seeds(config["seeds"]) if "seeds" in config else active.seeds,
-        }
-    )
+    profile = str(config.get("profile", PARAMS.active.profile))
+    seeds = asked_seeds(config["seeds"]) if "seeds" in config else PARAMS.active.seeds
+    return params_yaml.Active(profile=profile, seeds=seeds, reports_folder=PARAMS.profile(profile).reports)
 
 
 def activate():
     """Keep what --config asked for, so that DVC and the next command ask for the same."""
-    params_yaml.write_active(Path("params/active.yaml"), ACTIVE.profile, ACTIVE.seeds)
+    params_yaml.write_active(Path("params/active.yaml"), ACTIVE)
 
 
 with one_sentence():

@@ -43,7 +43,7 @@ def is_current(stage: PipelineStage, known: params.Params, current: set[str]) ->
 def remove_checkpoints(stages: list[PipelineStage]) -> None:
     """A published and recorded run needs no resumable state, and with it `--forcerun` would train nothing."""
     for stage in stages:
-        for out in stage.outs if asks(stage.cmd)[0] == "train" else []:
+        for out in stage.outs if asks(stage.cmd)[0] == "run" else []:
             for path in Path(out.fs_path).glob("seed*/run.json"):
                 key = json.loads(path.read_text()).get("key", "")
                 if re.fullmatch("[0-9a-f]+", key):

@@ -1,4 +1,4 @@
-"""What a DVC stage asks of Snakemake: `via-snakemake RULE PROFILE [RUN]`, the command of every stage in dvc.yaml."""
+"""What a DVC stage asks of Snakemake: `via-snakemake KIND PROFILE [RUN]`, the command of every stage in dvc.yaml."""
 
 import os
 import shlex
@@ -13,44 +13,44 @@ from swconv import params  # noqa: E402
 # Rules that a stage may run. The library and the MLflow database belong to the machine: no stage owns them.
 ALLOWED = {
     "data": ["data"],
-    "train": ["build", "same_as", "train"],
-    "evaluate": ["build", "same_as", "evaluate"],
+    "run": ["build", "same_as", "train", "evaluate"],
     "table2": ["track", "table2"],
 }
 
 
 def asks(command: str) -> list[str]:
-    """Rule, profile and, for a stage per run, the run, from a stage's command."""
+    """Kind of stage, profile and, for a stage per run, the run, from a stage's command."""
     return shlex.split(command)[1:]
 
 
-def targets(known: params.Params, rule: str, profile: str, run: str | None = None) -> list[str]:
-    """The files that a stage asks for: one of each job's outputs, for all active seeds.
+def targets(known: params.Params, kind: str, profile: str, run: str | None = None) -> list[str]:
+    """The files that a stage asks for: one of each job's outputs, for all active seeds, upstream first.
 
     Raises
     ------
     ParamsError
         For a profile or a run that is not known.
     """
-    if rule == "data":
+    if kind == "data":
         return [f"artifacts/{profile}/data/data.json"]
-    if rule == "table2":
+    if kind == "table2":
         return [f"{known.profile(profile).reports}/table2.md"]
-    folder = f"artifacts/{profile}/{rule}/{run}"
     if known.same_as(run, profile, known.report_rows("table2")):
-        return [f"{folder}/same_as.json"]
-    return [f"{folder}/seed{seed}/metrics.json" for seed in known.active.seeds]
+        names = ["same_as.json"]
+    else:
+        names = [f"seed{seed}/metrics.json" for seed in known.active.seeds]
+    return [f"artifacts/{profile}/{stage}/{run}/{name}" for stage in ("train", "evaluate") for name in names]
 
 
 def main() -> None:
-    rule, *which = sys.argv[1:]
+    kind, *which = sys.argv[1:]
     try:
-        files = targets(params.load(ROOT / "params"), rule, *which)
+        files = targets(params.load(ROOT / "params"), kind, *which)
     except params.ParamsError as error:
         sys.exit(str(error))
     snakemake = [sys.executable, "-m", "snakemake", "--cores", "all", "--quiet", "all"]
     os.environ["SWCONV_UNDER_DVC"] = "1"
-    os.execv(sys.executable, [*snakemake, "--allowed-rules", *ALLOWED[rule], "--", *files])
+    os.execv(sys.executable, [*snakemake, "--allowed-rules", *ALLOWED[kind], "--", *files])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,32 @@
+# What the README tells a user to type. VENV= uses the active environment (conda) instead of .venv.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(if $(VENV),$(VENV)/bin/)
+READY  := $(or $(VENV),.snakemake)/.ready
+
+.PHONY: setup demo test ui clean
+
+setup: $(READY)
+
+$(READY): requirements.lock setup.py $(wildcard csrc/*)
+	$(if $(VENV),$(PYTHON) -m venv $(VENV))
+	$(BIN)pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)python -m swconv build --out build/build.json
+	mkdir -p $(@D) && touch $@
+
+demo: setup
+	$(BIN)snakemake --cores all reports/table2.md
+	@echo
+	@echo "Table 2 is in reports/table2.md (figure: reports/figures/table2_distance.svg)."
+	@echo "Compare the runs in MLflow: make ui, then open http://127.0.0.1:5000."
+
+test: setup
+	$(BIN)ruff check .
+	$(BIN)lint-imports
+	$(BIN)python -m pytest -m "not slow"
+
+ui: setup
+	$(BIN)python -m swconv ui
+
+clean:
+	rm -rf build swconv/*.so

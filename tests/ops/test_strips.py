@@ -1,0 +1,99 @@
+"""The strip form equals the two-step form, values and gradients, with full and with half padding."""
+
+import pytest
+import torch
+
+from swconv.ops import (
+    ShiftTables,
+    assemble,
+    half_border,
+    shift_add_ref,
+    strip_branches,
+    strip_branches_ref,
+    strip_mix,
+    tap_count,
+)
+
+SHAPES = [(51, 3, 14, 11), (49, 3, 7, 9), (13, 3, 1, 12), (13, 5, 6, 6), (47, 5, 5, 8), (7, 5, 3, 1), (5, 3, 9, 9)]
+
+
+def forms(extent: int, small: int, height: int, width: int, padding: str, channels: int = 3, edges: int = 3):
+    """h, v, i by both forms from the same filters, with their inputs."""
+    torch.manual_seed(0)
+    taps = tap_count(extent, small)
+    x = torch.randn(2, channels, height, width, dtype=torch.float64, requires_grad=True)
+    filters = torch.randn(channels * taps, 1, small, small, dtype=torch.float64, requires_grad=True)
+    tables = ShiftTables.draw(channels, taps, edges)
+    pad = small - 1 if padding == "full" else small // 2
+    maps = torch.nn.functional.conv2d(x, filters, padding=pad, groups=channels)
+    two_step = shift_add_ref(maps, *tables.pads(extent, small, pad), tables.pick, pad - small // 2)
+    kernels = assemble(filters, tables.mixing().double())
+    h, v, i = strip_branches_ref(x, *kernels, extent // 2, extent // 2)
+    if padding == "half":
+        h = h - half_border(x, kernels[0], extent)
+        v = v - half_border(x.transpose(2, 3), kernels[1].transpose(2, 3), extent).transpose(2, 3)
+    return (x, filters), two_step, (h, v, i)
+
+
+@pytest.mark.parametrize("padding", ["full", "half"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_strips_are_the_two_step_form(shape, padding):
+    inputs, two_step, strips = forms(*shape, padding)
+    for a, b in zip(two_step, strips, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
+    upstream = [torch.randn_like(part) for part in two_step]
+    losses = [sum((part * g).sum() for part, g in zip(parts, upstream, strict=True)) for parts in (two_step, strips)]
+    for a, b in zip(*(torch.autograd.grad(loss, inputs) for loss in losses), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-11)
+
+
+def test_half_padding_loses_what_filters_centred_outside_the_map_see():
+    _, full, _ = forms(7, 3, 16, 16, "full")
+    _, half, _ = forms(7, 3, 16, 16, "half")
+    gap = (full[0] - half[0]).abs().amax((0, 1, 2))                   # by column of the horizontal strip
+    # Slots are displaced by -2, 1, 4: centres -1 and 16 belong to columns 1 and to 15, 12.
+    assert (gap > 1e-12).nonzero().flatten().tolist() == [1, 12, 15]
+
+
+def test_one_hot_strip_reads_the_pixel_at_its_offset():
+    x = torch.zeros(1, 1, 5, 5, dtype=torch.float64)
+    x[0, 0, 2, 4] = 1
+    kernel_h = torch.zeros(1, 1, 3, 6, dtype=torch.float64)
+    kernel_h[0, 0, 1, 5] = 1                                          # anchor 2: reads 3 px to the right
+    zero_v, zero_c = torch.zeros(1, 1, 6, 3, dtype=torch.float64), torch.zeros(1, 1, 3, 3, dtype=torch.float64)
+    h, v, i = strip_branches(x, kernel_h, zero_v, zero_c, anchor_h=2, anchor_v=2)
+    assert h[0, 0].nonzero().tolist() == [[2, 1]]
+    assert not v.any()
+    assert not i.any()
+
+
+def test_mix_is_the_sum_of_the_branches_and_a_bias():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 6, 7, dtype=torch.float64)
+    kernels = [torch.randn(3, 1, *size, dtype=torch.float64) for size in ((5, 9), (9, 5), (3, 3))]
+    bias = torch.randn(3, dtype=torch.float64)
+    expected = sum(strip_branches_ref(x, *kernels, 4, 4)) + bias[:, None, None]
+    torch.testing.assert_close(strip_mix(x, *kernels, bias), expected, atol=1e-12, rtol=1e-12)
+
+
+def test_edges_only_add_in_weight_space():
+    filters = torch.randn(4 * 5, 1, 3, 3, dtype=torch.float64)
+    shapes = {tuple(k.shape for k in assemble(filters, ShiftTables.draw(4, 5, edges).mixing().double())) for edges in (1, 4)}
+    assert shapes == {((4, 1, 3, 15), (4, 1, 15, 3), (4, 1, 3, 3))}
+
+
+@pytest.mark.parametrize(("sizes", "anchor", "sentence"), [
+    (((4, 9), (9, 3), (3, 3)), None, "odd N and K"),
+    (((3, 9), (9, 3), (3, 5)), None, "odd N and K"),
+    (((3, 9), (9, 3), (3, 3)), 9, "anchors must lie on the strips"),
+])
+def test_kernels_that_do_not_fit_are_refused(sizes, anchor, sentence):
+    kernels = [torch.zeros(2, 1, *size) for size in sizes]
+    with pytest.raises(ValueError, match=sentence):
+        strip_branches(torch.zeros(1, 2, 4, 4), *kernels, anchor_h=anchor)
+
+
+def test_kernels_of_another_width_are_refused():
+    kernels = [torch.zeros(3, 1, *size) for size in ((3, 9), (9, 3), (3, 3))]
+    with pytest.raises(ValueError, match=r"got x \(1, 2, 4, 4\)"):
+        strip_branches(torch.zeros(1, 2, 4, 4), *kernels)

@@ -1,0 +1,227 @@
+"""The rows: what they say of the papers' runs, and the sentences that faults in them give."""
+
+import itertools
+import shutil
+from pathlib import Path
+
+import pytest
+
+from swconv import params
+
+PAPER_SHAPES = {"depths": [3, 3, 9, 3], "dims": [96, 192, 384, 768], "width_factor": 1.3, "kernel_sizes": [51, 49, 47, 13]}
+
+
+@pytest.fixture(scope="module")
+def known():
+    return params.load()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return Path(shutil.copytree("params", tmp_path / "params"))
+
+
+def edit(folder: Path, old: str, new: str, file: str = "runs.yaml") -> None:
+    path = folder / file
+    text = path.read_text()
+    assert text.count(old) >= 1, old
+    path.write_text(text.replace(old, new, 1))
+
+
+def fault(folder: Path) -> str:
+    with pytest.raises(params.ParamsError) as caught:
+        params.load(folder)
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    return sentence.removeprefix(f"{folder}/")
+
+
+def changed(known, run: str, base: str, scale: str = "paper") -> dict[str, tuple]:
+    """Leaves in which two resolved rows differ, as {key: (base value, value)}."""
+    ours, theirs = (flat(known.resolve(name, scale)) for name in (run, base))
+    return {key: (theirs.get(key), ours.get(key)) for key in sorted(ours.keys() | theirs.keys())
+            if ours.get(key) != theirs.get(key)}
+
+
+def flat(row: dict, prefix: str = "") -> dict:
+    leaves = {}
+    for key, value in row.items():
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return leaves
+
+
+def test_every_ablation_of_the_paper_is_a_row_with_its_source(known):
+    labels = [row.label for row in known.runs.values()]
+    assert {f"#{number}" for number in range(28)} <= set(labels)
+    assert all(row.source for row in known.runs.values())
+
+
+def test_table2_has_the_papers_rows_in_its_order(known):
+    lines = Path("reports/paper/sw_table2.csv").read_text().splitlines()[1:]
+    assert [(known.runs[run].label, known.runs[run].text) for run in known.reports["table2"].rows] == [
+        tuple(line.split(",")[:2]) for line in lines]
+
+
+@pytest.mark.parametrize(("run", "base", "difference"), [
+    ("sw03", "sw02", {"model.args.padding": ("full", "half")}),
+    ("sw09", "sw03", {"model.args.order": ("reversed", "shuffle_v")}),
+    ("sw10", "sw09", {"model.args.order": ("shuffle_v", "shuffled"), "model.args.edges": (1, 2)}),
+    ("sw12", "sw11", {"model.args.rep_branches": (2, 4)}),
+    ("sw13", "sw12", {"model.args.edges": (4, 2)}),
+    ("sw14", "sw11", {"model.args.rep_branches": (2, 8)}),
+    ("sw15", "sw11", {"recipe.sparsity.scores": ("sum", "concat")}),
+    ("sw16", "sw11", {"recipe.sparsity.level": (0.4, 0.3)}),
+    ("sw17", "sw16", {"recipe.sparsity.share_every": (1, 3)}),
+    ("sw18", "sw16", {"recipe.sparsity.share_every": (1, 5)}),
+    ("sw20", "sw19", {"model.args.use_se": (False, True)}),
+    ("sw21", "sw20", {"model.args.kernel_sizes": ([51, 49, 47, 13], [3, 49, 47, 13])}),
+    ("sw22", "sw20", {"recipe.sparsity.subset": (False, True)}),
+    ("sw23", "sw20", {"model.args.kernel_sizes": ([51, 49, 47, 13], [51, 49, [47, 3], 13])}),
+    ("sw25", "sw24", {"model.args.use_se": (True, False)}),
+])
+def test_a_row_differs_from_its_neighbour_by_what_the_paper_says(known, run, base, difference):
+    assert changed(known, run, base) == difference
+    mini = changed(known, run, base, "mini")
+    assert mini.keys() == difference.keys()
+
+
+def test_row_11_is_the_released_module_on_slak_t(known):
+    args = known.resolve("sw11", "paper")["model"]["args"]
+    assert {key: args[key] for key in PAPER_SHAPES} == PAPER_SHAPES
+    assert (args["small_kernel"], args["rep_branches"], args["edges"], args["ghost_ratio"]) == (3, 2, 4, 0.23)
+    assert (args["padding"], args["norm"], args["skip"], args["order"]) == ("full", "branch", True, "shuffled")
+
+
+def test_row_24_is_the_readme_command(known):
+    row = known.resolve("sw24", "paper")
+    assert row["model"]["args"]["depths"] == [3, 3, 18, 3]
+    recipe = row["recipe"]
+    assert (recipe["epochs"], recipe["warmup_epochs"], recipe["drop_path_rate"], recipe["ema_decay"]) == (120, 5, 0.2, None)
+    assert recipe["sparsity"] | {"growth": None} == {
+        "level": 0.3, "granularity": "filter", "others": "none", "scores": "concat", "update_every": 100, "prune_rate": 0.3,
+        "share_every": 131, "subset": False, "growth": None}
+
+
+@pytest.mark.parametrize("run", ["sw11", "sw24", "sw26"])
+def test_mini_updates_and_shares_masks_as_often_as_the_paper(known, run):
+    counts = []
+    for scale, images in (("paper", 1_281_167), ("mini", 4000)):
+        recipe = known.resolve(run, scale)["recipe"]
+        updates = images // recipe["batch_size"] * recipe["epochs"] // recipe["sparsity"]["update_every"]
+        counts.append((updates, updates // recipe["sparsity"]["share_every"]))
+    (paper, shared), (mini, mini_shared) = counts
+    assert mini == pytest.approx(paper, rel=0.01)
+    assert mini_shared == pytest.approx(shared, rel=0.01)
+
+
+@pytest.mark.parametrize("scale", ["paper", "mini", "smoke"])
+def test_rows_of_table2_are_different_experiments_at_every_scale(known, scale):
+    rows = known.report_rows("table2")
+    identities = {run: known.identity(run, scale) for run in rows}
+    equal = [(a, b) for a, b in itertools.combinations(rows, 2) if identities[a] == identities[b]]
+    assert not equal
+    assert known.trained(rows, scale) == rows
+
+
+def test_a_row_that_equals_another_at_mini_scale_is_found_and_not_trained_twice(folder):
+    edit(folder, "    mini: {model: {kernel_sizes: [3, 13]}}\n", "    mini: {model: {kernel_sizes: [13, 13]}}\n")
+    known = params.load(folder)
+    rows = known.report_rows("table2")
+    assert known.same_as("sw21", "mini", rows) == "sw20"
+    assert known.same_as("sw20", "mini", rows) is None
+    assert known.same_as("sw21", "paper", rows) is None
+    assert set(rows) - set(known.trained(rows, "mini")) == {"sw21"}
+
+
+def test_where_the_data_lie_is_no_part_of_a_runs_identity(folder, known):
+    edit(folder, "root: data/imagenet", "root: elsewhere", "profiles/paper.yaml")
+    edit(folder, "workers: 8", "workers: 2", "profiles/paper.yaml")
+    assert params.load(folder).identity("sw11", "paper") == known.identity("sw11", "paper")
+    edit(folder, "threads: 8", "threads: 4", "profiles/paper.yaml")
+    assert params.load(folder).identity("sw11", "paper") != known.identity("sw11", "paper")
+
+
+def test_changing_one_row_changes_it_and_its_descendants_only(folder, known):
+    edit(folder, "    text: rep8 E4", "    recipe: {lr: 3.0e-3}\n    text: rep8 E4")
+    after = params.load(folder)
+    assert [run for run in known.runs if after.identity(run, "mini") != known.identity(run, "mini")] == ["sw14"]
+
+
+def test_keys_differ_by_seed_data_and_code():
+    parts = [("row", "data", "code", 0), ("row", "data", "code", 1), ("row", "other", "code", 0), ("row", "data", "new", 0),
+             ("new", "data", "code", 0)]
+    keys = {params.key(*part) for part in parts}
+    assert len(keys) == 5
+
+
+@pytest.mark.parametrize(("old", "new", "file", "sentence"), [
+    ("{rep_branches: 8}", "{rep_branchs: 8}", "runs.yaml",
+     "run sw14, unknown key model.rep_branchs; the nearest known name is rep_branches."),
+    ("{rep_branches: 8}", "{rep_branches: eight}", "runs.yaml",
+     "run sw14, model.rep_branches: input should be a valid integer, got 'eight'."),
+    ("{ghost_ratio: 0.23}", "{ghost_ratio: 1.5}", "runs.yaml",
+     "run sw06, model.ghost_ratio: input should be less than 1, got 1.5."),
+    ("    from: sw12\n", "    from: sw112\n", "runs.yaml", "run sw13: unknown run sw112; the nearest known name is sw12."),
+    ("    recipe: {sparsity: {subset: true}}", "    recipe: {sparsity: {subsets: true}}", "runs.yaml",
+     "run sw22, unknown key recipe.sparsity.subsets; the nearest known name is subset."),
+    ("    label: \"#12\"", "    lable: \"#12\"", "runs.yaml", "run sw12: unknown key lable; the nearest known name is label."),
+    ("  sw13:\n", "  sw12:\n", "runs.yaml", "not readable as YAML: sw12 stands twice, first in line"),
+    ("sw21, sw22, sw23]", "sw21, sw22, sw33]", "runs.yaml", "report table2: unknown run sw33; the nearest known name is sw"),
+    ("uses: {model: sw_tiny}", "uses: {model: sw_tini}", "runs.yaml",
+     "run sw19: unknown model sw_tini; the nearest known name is sw_tiny."),
+    ("  weight_decay: 0.05", "  weight_deacy: 0.05", "recipes.yaml",
+     "unknown key weight_deacy; the nearest known name is weight_decay."),
+    ("  from: sw_tiny_120", "  from: sw_tiny_12", "recipes.yaml",
+     "recipe sw_tiny_300: unknown recipe above it sw_tiny_12; the nearest known name is sw_tiny_120."),
+    ("profile: mini", "profile: mni", "active.yaml", "unknown profile mni; the nearest known name is mini."),
+    ("seeds: [0, 1, 2]", "seeds: [0, 0]", "active.yaml", "seeds must differ from each other, got [0, 0]."),
+    ("device: cpu", "device: tpu", "profiles/mini.yaml", "machine.device: input should be 'cpu' or 'cuda', got 'tpu'."),
+    ("reports:\n", "reports: [\n", "runs.yaml", "not readable as YAML:"),
+    ("mini: {model: {kernel_sizes: [3, 13]}}", "mini: {model: {kernel_sizes: [3, 13, 13]}}", "runs.yaml",
+     "run sw21: depths, dims and kernel_sizes need one entry per stage, got {'depths': 2, 'dims': 2, 'kernel_sizes': 3}."),
+], ids=lambda value: value if str(value).endswith("yaml") else "")
+def test_a_fault_is_one_sentence_with_file_line_and_nearest_name(folder, old, new, file, sentence):
+    edit(folder, old, new, file)
+    told = fault(folder)
+    name, line, rest = told.split(":", 2)
+    assert name == file
+    assert sentence in rest
+    text = (folder / file).read_text().splitlines()
+    assert int(line) <= len(text)
+
+
+def test_the_line_is_the_line_of_the_key(folder):
+    edit(folder, "{rep_branches: 8}", "{rep_branchs: 8}")
+    line = int(fault(folder).split(":")[1])
+    assert "rep_branchs" in (folder / "runs.yaml").read_text().splitlines()[line - 1]
+
+
+def test_a_row_cannot_descend_from_itself(folder):
+    edit(folder, "  sw12:\n    label: \"#12\"\n    text: rep4 E4\n    source: SW Table 2\n    from: sw11",
+         "  sw12:\n    label: \"#12\"\n    text: rep4 E4\n    source: SW Table 2\n    from: sw13")
+    assert "descends from itself" in fault(folder)
+
+
+def test_a_missing_file_says_how_to_restore_it(folder):
+    (folder / "models.yaml").unlink()
+    assert "models.yaml is missing. Restore it: git checkout" in fault(folder)
+
+
+def test_unknown_run_names_the_nearest(known):
+    with pytest.raises(params.ParamsError, match="unknown run sw99; the nearest known name is sw"):
+        known.resolve("sw99", "mini")
+
+
+def test_missing_imagenet_says_what_to_put_where(known):
+    with pytest.raises(params.ParamsError, match=r"needs imagenet in data/imagenet/.*ln -s"):
+        known.check_data("paper")
+    known.check_data("mini")
+
+
+def test_active_is_written_only_when_it_changes(folder):
+    path = folder / "active.yaml"
+    before = path.stat().st_mtime_ns
+    params.write_active(path, "mini", [0, 1, 2])
+    assert path.stat().st_mtime_ns == before
+    params.write_active(path, "smoke", [3])
+    assert params.load(folder).active == params.Active(profile="smoke", seeds=(3,))

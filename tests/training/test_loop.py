@@ -1,0 +1,186 @@
+"""The loop: it learns, it publishes whole results, and a killed training ends bit for bit where an undisturbed one ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from swconv import params
+from swconv.training import evaluation, loop, manifest
+
+RUN, SEED = "sw22", 0                                                 # two Rep branches, subset masks: much state
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    manifest.prepare(params.load().profiles["smoke"].dataset.model_dump(exclude_none=True), folder)
+    return folder
+
+
+@pytest.fixture
+def config():
+    row = params.load().resolve(RUN, "smoke")
+    row["recipe"] |= {"epochs": 4, "evaluate_every": 1}
+    return row
+
+
+def run(config, digits, folder: Path, seed: int = SEED) -> Path:
+    loop.train(config, digits, folder / "out", folder / "checkpoints", {"seed": seed, "config": config})
+    return folder / "out"
+
+
+def test_published_results_are_complete_and_say_how_long(config, digits, tmp_path):
+    out = run(config, digits, tmp_path)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "log.jsonl", "metrics.json", "run.json", "weights.safetensors", "weights.safetensors.sha256"]
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["steps"] == {"value": 16, "unit": "steps"}
+    assert 0.5 < metrics["density"]["value"] < 0.9
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines if "epoch" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if line.get("event") == "prune"] == list(range(2, 17, 2))
+    assert json.loads((out / "run.json").read_text())["seconds"] > 0
+
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from swconv.training import loop
+config, digits, folder = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+loop.train(config, digits, folder / "out", folder / "checkpoints", {"seed": 0, "config": config})
+"""
+
+
+def test_killed_training_resumes_and_ends_bit_for_bit_where_the_undisturbed_one_ends(config, digits, tmp_path):
+    config["recipe"] |= {"epochs": 8}
+    straight = run(config, digits, tmp_path / "straight")
+    killed = tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, json.dumps(config), str(digits), str(killed)],
+                               env=os.environ | {"PYTHONPATH": str(Path.cwd())}, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (killed / "checkpoints/epoch0002.pt").exists():
+        assert process.poll() is None, "the training ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "out").exists()
+    resumed = run(config, digits, killed)
+    assert json.loads((resumed / "run.json").read_text())["resumed_from_epoch"] >= 2
+    assert (resumed / "weights.safetensors").read_bytes() == (straight / "weights.safetensors").read_bytes()
+    assert (resumed / "metrics.json").read_bytes() == (straight / "metrics.json").read_bytes()
+
+
+@pytest.mark.parametrize("change", [{"random_erasing": 0.5}, {"mixup": 0.8, "cutmix": 1.0}, {"ema_decay": 0.9},
+                                    {"drop_path_rate": 0.3, "sparsity": None}], ids=str)
+def test_resume_is_bitwise_with_every_random_part(config, digits, tmp_path, monkeypatch, change):
+    config["recipe"] |= change
+    straight = run(config, digits, tmp_path / "straight")
+
+    class Interrupt(Exception):
+        pass
+
+    real = loop.checkpoint.save
+
+    def save_then_stop(folder, epoch, state):
+        real(folder, epoch, state)
+        if epoch == 2:
+            raise Interrupt
+
+    monkeypatch.setattr(loop.checkpoint, "save", save_then_stop)
+    with pytest.raises(Interrupt):
+        run(config, digits, tmp_path / "cut")
+    monkeypatch.undo()
+    torch.manual_seed(99)                                             # whatever came between must not matter
+    resumed = run(config, digits, tmp_path / "cut")
+    assert (resumed / "weights.safetensors").read_bytes() == (straight / "weights.safetensors").read_bytes()
+
+
+def test_another_seed_gives_other_weights(config, digits, tmp_path):
+    config["recipe"] |= {"epochs": 2}
+    first, second = (load_file(run(config, digits, tmp_path / str(seed), seed) / "weights.safetensors") for seed in (0, 1))
+    assert not torch.equal(first["head.weight"], second["head.weight"])
+
+
+def test_a_loss_that_is_no_number_stops_with_the_epoch_and_keeps_the_checkpoint(config, digits, tmp_path):
+    config["recipe"] |= {"lr": 1e30, "warmup_epochs": 1.0}
+    with pytest.raises(loop.DivergedError, match=r"epoch \d, step \d+; the last good checkpoint"):
+        run(config, digits, tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_pruned_weights_are_zero_in_what_is_published(config, digits, tmp_path):
+    weights = load_file(run(config, digits, tmp_path) / "weights.safetensors")
+    filters = weights["stages.1.blocks.0.mixer.filters.0"].flatten(1)
+    dead = (filters == 0).all(1)
+    assert dead.any()
+    assert (filters[~dead] != 0).any(1).all()
+
+
+def test_schedule_warms_up_from_zero_and_ends_at_min_lr(config):
+    config["recipe"] |= {"epochs": 10, "warmup_epochs": 2, "min_lr": 1e-4, "lr": 1e-2}
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-2)
+    schedule = loop._schedule(optimizer, config["recipe"], steps=10)
+    rates = []
+    for step in range(101):
+        schedule.step_update(step)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[0] == 0
+    assert rates[10] == pytest.approx(5e-3)
+    assert rates[20] == pytest.approx(1e-2)
+    assert rates[60] == pytest.approx((1e-2 + 1e-4) / 2)
+    assert rates[100] == pytest.approx(1e-4)
+
+
+def test_norms_and_biases_do_not_decay_but_grn_does(config):
+    model = loop.build(config)
+    decayed, free = loop.parameter_groups(model, 0.05)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {names[id(p)].rsplit(".", 2)[-2] for p in decayed["params"] if p.ndim == 1} == {"grn"}
+    assert all(p.ndim == 1 for p in free["params"])
+    assert len(decayed["params"]) + len(free["params"]) == len(names)
+
+
+def test_evaluation_equals_the_training_metric_and_merging_changes_nothing(config, digits, tmp_path):
+    out = run(config, digits, tmp_path)
+    evaluation.evaluate(config, digits, out / "weights.safetensors", tmp_path / "evaluate", {"seed": SEED})
+    trained, measured = (json.loads((tmp_path / stage / "metrics.json").read_text()) for stage in ("out", "evaluate"))
+    assert measured["top1"] == trained["top1"]
+    assert measured["merged_logit_difference"]["value"] < 1e-5
+    assert measured["images"]["value"] == 64
+    assert {"top1_distance_2", "top1_distance_5"} <= measured.keys()
+
+
+def test_damaged_weights_are_refused_with_the_repair(config, digits, tmp_path):
+    out = run(config, digits, tmp_path)
+    path = out / "weights.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(ValueError, match="is damaged.*dvc checkout"):
+        evaluation.evaluate(config, digits, path, tmp_path / "evaluate", {"seed": SEED})
+
+
+def test_a_changed_image_is_noticed_before_training(config, digits, tmp_path):
+    image = next((digits / "images/val").rglob("*.png"))
+    content = image.read_bytes()
+    image.write_bytes(content[:-20] + b"\x00" * 20)
+    try:
+        with pytest.raises(ValueError, match=f"{image.name} .changed."):
+            run(config, digits, tmp_path)
+    finally:
+        image.write_bytes(content)
+
+
+def test_gpu_profile_without_gpu_is_told_in_a_sentence(config, digits, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    config["machine"] |= {"device": "cuda"}
+    with pytest.raises(RuntimeError, match="torch sees none"):
+        run(config, digits, tmp_path)

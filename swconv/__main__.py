@@ -45,7 +45,7 @@ def track(args: argparse.Namespace) -> None:
 
     known = params.load(PARAMS)
     runs = [
-        tracking.RunFiles(run=run, seed=seed, train=_folder(args, "train", run, seed), evaluate=_folder(args, "evaluate", run, seed))
+        tracking.RunFiles(run, seed, _folder(args, "train", run, seed), _folder(args, "evaluate", run, seed))
         for run in known.trained(known.report_rows(args.report), args.profile) for seed in args.seeds
     ]
     atomic.write_json(args.out, tracking.replay(args.report, runs, DATABASE))
@@ -72,7 +72,9 @@ def ui(args: argparse.Namespace) -> None:
 
     from swconv.training import tracking
 
-    command = tracking.ui_command(DATABASE, "snakemake --cores 1 --forcerun track")
+    command = tracking.ui_command(DATABASE, "snakemake --cores all")
+    for title, page in tracking.comparisons(DATABASE).items():
+        logging.info("%s, all rows compared: %s", title, page)
     os.execvp(command[0], command)
 
 

@@ -188,6 +188,7 @@ class Active(_Row):
 
     profile: str
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
+    reports_folder: str  # that of the profile; DVC cannot look it up
 
 
 class _Model(_Row):
@@ -218,6 +219,8 @@ class Params:
         self.profiles = _profiles(folder / "profiles")
         if self.active.profile not in self.profiles:
             raise files["active"].fault(("profile",), _unknown("profile", self.active.profile, self.profiles))
+        if self.active.reports_folder != (folder := self.profiles[self.active.profile].reports):
+            raise files["active"].fault(("reports_folder",), f"profile {self.active.profile} needs reports_folder: {folder}")
         seeds = self.active.seeds
         if len(set(seeds)) < len(seeds):
             raise files["active"].fault(("seeds",), f"seeds must differ from each other, got {list(seeds)}")
@@ -389,9 +392,9 @@ def load(folder: Path = Path("params")) -> Params:
     return Params(folder)
 
 
-def write_active(path: Path, profile: str, seeds: Iterable[int]) -> None:
+def write_active(path: Path, active: Active) -> None:
     """Write params/active.yaml, if it changes."""
-    text = yaml.safe_dump({"profile": profile, "seeds": list(seeds)}, default_flow_style=None, sort_keys=False)
+    text = yaml.safe_dump(active.model_dump(mode="json"), default_flow_style=None, sort_keys=False)
     if not path.exists() or path.read_text() != text:
         path.write_text(text)
 

@@ -174,6 +174,7 @@ def test_keys_differ_by_seed_data_and_code():
     ("  from: sw_tiny_120", "  from: sw_tiny_12", "recipes.yaml",
      "recipe sw_tiny_300: unknown recipe above it sw_tiny_12; the nearest known name is sw_tiny_120."),
     ("profile: mini", "profile: mni", "active.yaml", "unknown profile mni; the nearest known name is mini."),
+    ("profile: mini", "profile: smoke", "active.yaml", "profile smoke needs reports_folder: artifacts/smoke/reports."),
     ("seeds: [0, 1, 2]", "seeds: [0, 0]", "active.yaml", "seeds must differ from each other, got [0, 0]."),
     ("device: cpu", "device: tpu", "profiles/mini.yaml", "machine.device: input should be 'cpu' or 'cuda', got 'tpu'."),
     ("reports:\n", "reports: [\n", "runs.yaml", "not readable as YAML:"),
@@ -221,7 +222,8 @@ def test_missing_imagenet_says_what_to_put_where(known):
 def test_active_is_written_only_when_it_changes(folder):
     path = folder / "active.yaml"
     before = path.stat().st_mtime_ns
-    params.write_active(path, "mini", [0, 1, 2])
+    params.write_active(path, params.Active(profile="mini", seeds=(0, 1, 2), reports_folder="reports"))
     assert path.stat().st_mtime_ns == before
-    params.write_active(path, "smoke", [3])
-    assert params.load(folder).active == params.Active(profile="smoke", seeds=(3,))
+    smoke = params.Active(profile="smoke", seeds=(3,), reports_folder="artifacts/smoke/reports")
+    params.write_active(path, smoke)
+    assert params.load(folder).active == smoke

@@ -64,7 +64,7 @@ class ByDistance:
             return NO_VERDICT
         if self.diverged:
             return no_verdict_diverged(self.diverged)
-        if -FLAT_MARGIN <= slope.low and slope.high <= FLAT_MARGIN:
+        if slope.low >= -FLAT_MARGIN and slope.high <= FLAT_MARGIN:
             return "flat"
         return {1: "rising", -1: "falling", 0: "undecided"}[slope.sign]
 

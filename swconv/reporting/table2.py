@@ -15,6 +15,7 @@ from swconv.reporting.table import Cell, Measured, Sheet, interval_cells, interv
 
 REFERENCE = "#3"  # the row that the differences are taken to: the first with SW alone
 CLAIM = "in1k_top1_acc_pct_120ep"
+ALIVE = "filters_alive_stage_"
 FIGURE = Path("figures") / "table2_distance.svg"
 
 
@@ -81,6 +82,7 @@ def build_table2(
         f"![Top-1 against the distance between marker and target, SW and controls]({FIGURE.as_posix()})",
         distance.caption(small.profile),
         distance.report(lines, rows, controls),
+        *_alive_section(rows, small),
         "## What this table can and cannot show",
         _limits(rows, controls, claims, small),
         *_footnotes([*rows, *controls], columns),
@@ -139,7 +141,33 @@ def _cells(column: Comparison, run: str, reference: str, prefix: str) -> dict[st
     if distance.steps(column):
         name = f"{prefix}_slope_pct_per_{distance.CELL_PIXELS}px"
         cells |= interval_cells(name, line.slope if line else None, f"% {distance.PER_CELL}", own)
+    for stage in _stages(column):
+        alive = column.results[run].values(f"{ALIVE}{stage}") if run in column.results else []
+        cells[f"{prefix}_filters_alive_stage{stage}_pct"] = Measured(statistics.mean(alive), "%", own) if alive else None
     return cells
+
+
+def _stages(column: Comparison) -> list[int]:
+    """Stages of which some run counted the filters that live."""
+    names = {name for run in column.finished for name in run.values if name.startswith(ALIVE)}
+    return sorted(int(name.removeprefix(ALIVE)) for name in names)
+
+
+def _alive_section(rows: Sequence[Row], small: Comparison) -> list[str]:
+    """Where sparse training left filters: what a row's accuracy rests on."""
+    if not (stages := _stages(small)):
+        return []
+    lines = []
+    for row in rows:
+        shares = [small.of(row.run).values(f"{ALIVE}{stage}") for stage in stages]
+        lines.append([row.label, *(f"{statistics.mean(share):.1f}" if share else "-" for share in shares)])
+    return [
+        "## Where the filters live",
+        "SW filters that are not zero after training, in %, mean over seeds. SNIP ranks the stages against each other; in a "
+        "network this small that can leave a stage without large kernels, and a mask that is empty never grows again. "
+        "Rows whose stages differ here differ in more than their name says.",
+        markdown_table(["id", *(f"stage {stage}" for stage in stages)], lines),
+    ]
 
 
 def _main_table(rows: Sequence[Row], claims: Mapping[str, float], small: Comparison, full: Comparison | None) -> str:

@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from timm.utils import reparameterize_model
+from torch import nn
 
 from swconv.atomic import write_json
+from swconv.ops import ShiftwiseConv2d
 from swconv.training.data import MEMORY_FORMATS, ValLoader
 from swconv.training.loop import VAL_BATCH, build, normaliser, prepare_machine, scores
 from swconv.training.record import values
@@ -35,13 +38,26 @@ def evaluate(config: Mapping[str, Any], data_dir: Path, weights: Path, out: Path
     model.load_state_dict(load_file(weights))
     val = ValLoader(dataset, data_dir, VAL_BATCH)
     prepare = normaliser(config, device)
+    alive = alive_filters(model)
     plain = scores(model, val, prepare, device)
     merged = scores(reparameterize_model(model.eval()), val, prepare, device)
     metrics = {name: (plain[name], unit) for name, unit in (("top1", "%"), ("top5", "%"), ("loss", ""), ("images", "images"))}
     metrics["top1_merged"] = (merged["top1"], "%")
     metrics["merged_logit_difference"] = ((plain["logits"] - merged["logits"]).abs().max().item(), "")
+    metrics |= {f"filters_alive_stage_{stage}": (share, "%") for stage, share in alive.items()}
     for distance, top1 in plain["top1_by_distance"].items():
         metrics[f"top1_distance_{distance}"] = (top1, "%")
     write_json(out / "run.json", record | {"weights_sha256": digest, "seconds": round(time.monotonic() - began, 1),
                                            "resumed_from_epoch": None})
     write_json(out / "metrics.json", values(**metrics))
+
+
+def alive_filters(model: nn.Module) -> dict[int, float]:
+    """Share of the SW filters that are not zero, in %, by stage (1, 2, ...), over all blocks and Rep branches."""
+    shares = {}
+    for number, stage in enumerate(model.stages, start=1):
+        layers = [layer for layer in stage.modules() if isinstance(layer, ShiftwiseConv2d)]
+        alive = [weight.flatten(1).any(1).double() for layer in layers for weight in layer.filters]
+        if alive:
+            shares[number] = 100 * torch.cat(alive).mean().item()
+    return shares

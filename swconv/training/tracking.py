@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlencode
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 PER_EPOCH = ("train_loss", "val_loss", "top1", "lr", "density", "images_per_second")
 BATCH_METRICS, BATCH_PARAMS = 1000, 100  # what one log_batch call may hold
 LOCK_SECONDS = 10
+HOST, PORT = "127.0.0.1", 5000  # of the pages
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # mlflow reads it on import, which the functions below do
 
@@ -109,7 +111,21 @@ def ui_command(database: Path, refill: str) -> list[str]:
     """
     if not Path(database).is_file():
         raise FileNotFoundError(f"The MLflow pages need the database {database}, got no such file; make it: {refill}")
-    return [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", _uri(database)]
+    return [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", _uri(database), "--host", HOST, "--port", str(PORT)]
+
+
+def comparisons(database: Path) -> dict[str, str]:
+    """Address of MLflow's page that compares the rows of each report, by the experiment's title."""
+    from mlflow.entities import ViewType
+
+    client = _client(database)
+    pages = {}
+    for experiment in client.search_experiments(ViewType.ACTIVE_ONLY):
+        rows = [run.info.run_id for run in _runs(client, experiment.experiment_id) if "seed" not in run.data.tags]
+        if rows:
+            query = urlencode({"runs": json.dumps(rows), "experiments": json.dumps([experiment.experiment_id])})
+            pages[experiment.name] = f"http://{HOST}:{PORT}/#/compare-runs?{query}"
+    return pages
 
 
 # --- what the database should hold --------------------------------------------------------------

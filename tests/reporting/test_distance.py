@@ -76,7 +76,7 @@ def test_the_layout_ceiling_is_what_the_best_marker_blind_rule_reaches():
             row, column = generator.randint(GRID, size=2)
             down, right = STEPS[generator.randint(4)]
             target = (row + step * down, column + step * right)
-            if 0 <= min(target) and max(target) < GRID:
+            if min(target) >= 0 and max(target) < GRID:
                 break
         away = [cell for cell in free if cell[0] != row and cell[1] != column]
         digits = [target] + [away[k] for k in generator.choice(len(away), 3, replace=False)]

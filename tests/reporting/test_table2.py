@@ -52,6 +52,9 @@ def _seed(root, run, seed, top1, by_distance=FLAT, profile="mini", **circumstanc
             f"top1_distance_{cells}": {"value": top1 + change, "unit": "%"}
             for cells, change in zip((2, 3, 4, 5), by_distance, strict=True)
         }
+    if run != "sw12" and not run.startswith("control"):
+        alive = {1: 2.0 + seed, 2: 90.0 + seed}
+        metrics |= {f"filters_alive_stage_{stage}": {"value": share, "unit": "%"} for stage, share in alive.items()}
     for stage in ("train", "evaluate"):
         folder = root / "artifacts" / profile / stage / run / f"seed{seed}"
         folder.mkdir(parents=True)
@@ -114,7 +117,7 @@ def test_each_row_says_what_its_seeds_can_say(tree, label, ours, difference, dir
 
 
 def test_rows_keep_the_papers_order_and_numbers(tree):
-    text = _build(tree)
+    text = _build(tree).split("## Controls")[0]
     with PAPER.open() as file:
         printed = {row["id"]: row["in1k_top1_acc_pct_120ep"] for row in csv.DictReader(file)}
     shown = re.findall(r"^\| (#\d+) \| (?:.*?) \| (\d+\.\d+) \|", text, re.M)
@@ -187,6 +190,13 @@ def test_every_number_of_the_page_is_in_the_spreadsheet(tree):
         assert shown.startswith(spread)
     rho = float(sheet["all rows"]["mini_rank_correlation"])
     assert f"over the 5 rows that were run: {rho:+.2f} [" in text
+
+
+def test_filters_that_live_are_shown_by_stage(tree):
+    section = _build(tree).split("## Where the filters live")[1]
+    assert _cells(section, "#3") == ["#3", "3.0", "91.0"]
+    assert _cells(section, "#12") == ["#12", "-", "-"]
+    assert float(_spreadsheet(tree)["#3"]["mini_filters_alive_stage2_pct"]) == 91.0
 
 
 def test_footnotes_lead_to_runs_and_to_the_command_that_remakes_them(tree):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import yaml
@@ -232,7 +233,7 @@ def test_pages_of_a_missing_database_name_the_command_that_makes_it(tmp_path):
         tracking.ui_command(tmp_path / "mlflow.db", refill="snakemake all")
     (tmp_path / "mlflow.db").touch()
     command = tracking.ui_command(tmp_path / "mlflow.db", refill="snakemake all")
-    assert command[-3:] == ["ui", "--backend-store-uri", f"sqlite:///{tmp_path / 'mlflow.db'}"]
+    assert command[3:6] == ["ui", "--backend-store-uri", f"sqlite:///{tmp_path / 'mlflow.db'}"]
 
 
 def test_database_is_written_ahead_so_that_pages_can_be_read_during_a_replay(tmp_path, runs):
@@ -288,3 +289,12 @@ def _active(folder: Path) -> dict:
 def _dump(folder: Path) -> list[str]:
     with closing(sqlite3.connect(folder / "mlflow.db")) as database:
         return sorted(database.iterdump())
+
+
+def test_comparison_page_names_every_row_once_and_no_seed(database, runs):
+    ids = replay("table2", runs, database)
+    pages = tracking.comparisons(database)
+    (address,) = pages.values()
+    query = parse_qs(urlsplit(urlsplit(address).fragment).query)
+    parents = {identity for key, identity in ids.items() if key.startswith("table2/")}
+    assert sorted(json.loads(query["runs"][0])) == sorted(parents)

@@ -1,0 +1,101 @@
+"""The verbs: light to start, and faults end in one sentence."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from swconv.__main__ import main
+
+ROOT = Path.cwd()
+HELP = """
+import sys, swconv, swconv.__main__
+try:
+    swconv.__main__.main(["--help"])
+except SystemExit:
+    pass
+heavy = {"torch", "timm", "mlflow", "pandas", "pydantic", "numpy", "yaml"} & sys.modules.keys()
+assert not heavy, heavy
+"""
+REST = ["--seed", "0", "--data", "d", "--out", "o"]
+LIGHT = "import sys, swconv.params, swconv.fingerprint; swconv.params.load(); assert 'torch' not in sys.modules"
+
+
+def python(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=cwd,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+def test_help_and_import_load_nothing_heavy():
+    done = python("-c", HELP)
+    assert done.returncode == 0, done.stderr
+    assert "train one run; a killed training resumes" in done.stdout
+
+
+def test_reading_params_loads_no_torch():
+    done = python("-c", LIGHT)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """An empty folder with params/, as the verbs see the project."""
+    shutil.copytree("params", tmp_path / "params")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def one_sentence(capsys, *arguments: str) -> str:
+    assert main([*arguments]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), [
+    (["train", "sw99", "--profile", "smoke", *REST], "unknown run sw99; the nearest known name is"),
+    (["train", "sw11", "--profile", "smok", *REST], "the nearest known name is smoke"),
+    (["train", "sw11", "--profile", "smoke", *REST], "run the data rule first"),
+    (["data", "--profile", "paper", "--out", "d"], "put the images there"),
+    (["ui"], "mlflow.db, got no such file; make it: snakemake"),
+])
+def test_faults_end_in_one_sentence_and_exit_code_1(project, capsys, arguments, sentence):
+    assert sentence in one_sentence(capsys, *arguments)
+
+
+def test_an_unreadable_image_is_named_before_training(project, capsys):
+    assert main(["data", "--profile", "smoke", "--out", "data"]) == 0
+    capsys.readouterr()
+    image = next((project / "data/images/train").rglob("*.png"))
+    image.write_bytes(b"not a picture")
+    told = one_sentence(capsys, "train", "sw11", "--profile", "smoke", "--seed", "0", "--data", "data", "--out", "out")
+    assert image.name in told
+    assert not (project / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_told_and_nothing_finished_is_lost(project, capsys):
+    assert main(["data", "--profile", "smoke", "--out", "data"]) == 0
+    capsys.readouterr()
+    (project / "out").write_text("a file where the folder should be")
+    arguments = ["train", "control_dw3", "--profile", "smoke", "--seed", "0", "--data", "data", "--out", "out/seed0"]
+    assert main(arguments) == 1
+    assert "could not be written: Not a directory. Make room or give write permission" in capsys.readouterr().err
+    (project / "out").unlink()
+    assert main(arguments) == 0                                       # publishes from the finished checkpoint
+    assert json.loads((project / "out/seed0/run.json").read_text())["resumed_from_epoch"] == 2
+
+
+def test_run_json_tells_key_code_machine_and_row(project):
+    main(["data", "--profile", "smoke", "--out", "data"])
+    main(["train", "control_dw3", "--profile", "smoke", "--seed", "3", "--data", "data", "--out", "out"])
+    record = json.loads((project / "out/run.json").read_text())
+    assert (project / "checkpoints" / record["key"]).is_dir()
+    assert record["seed"] == 3
+    assert record["config"]["model"]["args"]["kernel_sizes"] == [3, 3]
+    assert record["data_manifest_sha256"] == json.loads((project / "data/data.json").read_text())["manifest_sha256"]
+    assert record["hardware"]["cores"] >= 1
+    assert record["flags"]["threads"] == 1
+    assert record["versions"]["torch"].startswith("2.")

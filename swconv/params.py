@@ -123,12 +123,13 @@ class Dataset(_Row):
 
 
 class Machine(_Row):
-    """What bitwise equality depends on: part of a run's identity."""
+    """What bitwise equality depends on: part of a run's identity. BatchNorm sees `micro_batch` images at a time."""
 
     device: Literal["cpu", "cuda"]
     threads: Annotated[int, Field(ge=1)]
     memory_format: Literal["contiguous", "channels_last"]
     amp: Literal["bfloat16"] | None
+    micro_batch: Annotated[int, Field(ge=1)] | None
 
 
 class Profile(_Row):

@@ -88,6 +88,19 @@ def test_a_folder_that_cannot_be_written_is_told_and_nothing_finished_is_lost(pr
     assert json.loads((project / "out/seed0/run.json").read_text())["resumed_from_epoch"] == 2
 
 
+def test_a_disk_that_takes_no_more_stops_with_a_sentence_and_the_next_run_goes_on(project):
+    """A limit on file size makes the system itself refuse the checkpoint's bytes, as a full disk does."""
+    assert main(["data", "--profile", "smoke", "--out", "data"]) == 0
+    arguments = ["train", "control_dw3", "--profile", "smoke", "--seed", "0", "--data", "data", "--out", "out"]
+    limited = ("import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); "
+               "from swconv.__main__ import main; sys.exit(main(sys.argv[1:]))")
+    done = python("-c", limited, *arguments, cwd=project)
+    assert done.returncode == 1
+    assert "could not be written: File too large. Make room" in done.stderr.splitlines()[-1]
+    assert not list(project.rglob("*.part"))
+    assert main(arguments) == 0
+
+
 def test_run_json_tells_key_code_machine_and_row(project):
     main(["data", "--profile", "smoke", "--out", "data"])
     main(["train", "control_dw3", "--profile", "smoke", "--seed", "3", "--data", "data", "--out", "out"])

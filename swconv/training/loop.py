@@ -101,7 +101,8 @@ def _train(config: Mapping[str, Any], data_dir: Path, out: Path, checkpoints: Pa
         _log.info("resuming after epoch %d of %d", state["epoch"], recipe["epochs"])
     elif sparsity:
         images, labels = next(loader.epoch(0))
-        sparsity.initialise(prepare(images), labels.to(device))
+        first = slice(machine["micro_batch"])
+        sparsity.initialise(prepare(images[first]), labels[first].to(device))
     lines, start = (state["lines"], state["epoch"]) if state else ([], 0)
     spent = state["seconds"] if state else 0.0
 
@@ -204,19 +205,24 @@ def _schedule(optimizer: torch.optim.Optimizer, recipe: Mapping[str, Any], steps
 
 def _step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, target: Tensor, mixing: tuple,
           recipe: Mapping[str, Any], machine: Mapping[str, Any]) -> float:
+    """One optimizer step, its gradient summed over micro-batches; returns the mean loss. None on a loss that is no number."""
     mixup, erasing = mixing
     if erasing:
         x = erasing(x)
     if mixup:
         x, target = mixup(x, target)                                  # target: (B, classes), smoothed
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=machine["amp"] == "bfloat16"):
-        logits = model(x)                                             # (B, classes)
     smoothing = 0.0 if mixup else recipe["label_smoothing"]
-    loss = F.cross_entropy(logits.float(), target, label_smoothing=smoothing)
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    return loss.item()
+    size, total = machine["micro_batch"] or len(x), 0.0
+    for part, part_target in zip(x.split(size), target.split(size), strict=True):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=machine["amp"] == "bfloat16"):
+            logits = model(part)                                      # (b, classes)
+            loss = F.cross_entropy(logits, part_target, label_smoothing=smoothing) * (len(part) / len(x))
+        loss.backward()
+        total += loss.item()
+    if math.isfinite(total):
+        optimizer.step()
+    return total
 
 
 @torch.inference_mode()

@@ -140,6 +140,23 @@ def test_schedule_warms_up_from_zero_and_ends_at_min_lr(config):
     assert rates[100] == pytest.approx(1e-4)
 
 
+def test_micro_batches_give_the_gradient_of_the_whole_batch(config):
+    """float64, no BatchNorm in the way (its statistics are per micro-batch, as published)."""
+    torch.manual_seed(0)
+    x, target = torch.randn(12, 1, 8, 8, dtype=torch.float64), torch.arange(12) % 10
+    gradients = []
+    for size in (None, 4, 5):
+        torch.manual_seed(1)
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        machine = config["machine"] | {"micro_batch": size}
+        loss = loop._step(model, optimizer, x, target, (None, None), config["recipe"], machine)
+        gradients.append((loss, model[1].weight.grad))
+    for loss, gradient in gradients[1:]:
+        assert loss == pytest.approx(gradients[0][0], abs=1e-12)
+        torch.testing.assert_close(gradient, gradients[0][1], atol=1e-14, rtol=1e-12)
+
+
 def test_norms_and_biases_do_not_decay_but_grn_does(config):
     model = loop.build(config)
     decayed, free = loop.parameter_groups(model, 0.05)

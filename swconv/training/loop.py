@@ -59,7 +59,7 @@ def train(config: Mapping[str, Any], data_dir: Path, out: Path, checkpoints: Pat
     checkpoints : Path
         Folder of this run's resumable state.
     record : dict
-        Circumstances (`swconv.training.record.circumstances`); holds the seed.
+        Circumstances (`swconv.training.record.circumstances`); holds run and seed.
     log_every : int
         Also log every so many steps; 0 for epochs only.
 
@@ -98,7 +98,7 @@ def _train(config: Mapping[str, Any], data_dir: Path, out: Path, checkpoints: Pa
     if state:
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        _log.info("resuming after epoch %d of %d", state["epoch"], recipe["epochs"])
+        _log.info("%s seed %d: resuming after epoch %d of %d", record["run"], seed, state["epoch"], recipe["epochs"])
     elif sparsity:
         images, labels = next(loader.epoch(0))
         first = slice(machine["micro_batch"])
@@ -106,11 +106,11 @@ def _train(config: Mapping[str, Any], data_dir: Path, out: Path, checkpoints: Pa
     lines, start = (state["lines"], state["epoch"]) if state else ([], 0)
     spent = state["seconds"] if state else 0.0
 
-    began = time.monotonic()
+    title, began = f"{record['run']} seed {record['seed']}", time.monotonic()
     for epoch in range(start + 1, recipe["epochs"] + 1):
         clock = time.monotonic()
         model.train()
-        total, bar = 0.0, _bar(loader.epoch(epoch), steps, epoch, recipe)
+        total, bar = 0.0, _bar(loader.epoch(epoch), steps, f"{title} epoch {epoch}/{recipe['epochs']}", recipe["batch_size"])
         for step, (images, labels) in enumerate(bar):
             schedule.step_update((epoch - 1) * steps + step)
             x, target = prepare(images), labels.to(device)
@@ -136,9 +136,10 @@ def _train(config: Mapping[str, Any], data_dir: Path, out: Path, checkpoints: Pa
             line["density"] = sparsity.density()
         line |= {"images_per_second": steps * recipe["batch_size"] / training, "seconds": time.monotonic() - clock}
         lines.append(line)
+        here = time.monotonic() - began
         checkpoint.save(checkpoints, epoch, {name: part.state_dict() for name, part in parts.items()}
-                        | {"lines": lines, "seconds": spent + time.monotonic() - began})
-        _status(line, recipe, epoch, spent + time.monotonic() - began, start, time.monotonic() - began)
+                        | {"lines": lines, "seconds": spent + here})
+        _status(title, line, recipe["epochs"], spent + here, here / (epoch - start))
 
     trained = ema.module if ema else model
     epochs = [line for line in lines if "epoch" in line]
@@ -241,14 +242,13 @@ def scores(model: nn.Module, val: ValLoader, prepare: Any, device: torch.device)
             "top1_by_distance": distances}
 
 
-def _bar(batches: Iterable, steps: int, epoch: int, recipe: Mapping[str, Any]) -> tqdm:
-    return tqdm(batches, total=steps, desc=f"epoch {epoch}/{recipe['epochs']}", unit="images", unit_scale=recipe["batch_size"],
-                disable=not sys.stderr.isatty(), leave=False)
+def _bar(batches: Iterable, steps: int, title: str, batch_size: int) -> tqdm:
+    return tqdm(batches, total=steps, desc=title, unit="images", unit_scale=batch_size, disable=not sys.stderr.isatty(),
+                leave=False)
 
 
-def _status(line: Mapping[str, Any], recipe: Mapping[str, Any], epoch: int, spent: float, start: int, here: float) -> None:
+def _status(name: str, line: Mapping[str, Any], epochs: int, spent: float, per_epoch: float) -> None:
     """One line per epoch, with the remaining time at the pace so far."""
-    remaining = here / (epoch - start) * (recipe["epochs"] - epoch)
     top1 = f"{line['top1']:5.1f} %" if "top1" in line else "    -  "
-    _log.info("epoch %3d/%d  loss %.3f  top-1 %s  %5.0f images/s  %4.0f s spent  %4.0f s to go", epoch, recipe["epochs"],
-              line["train_loss"], top1, line["images_per_second"], spent, remaining)
+    _log.info("%s  epoch %3d/%d  loss %.3f  top-1 %s  %5.0f images/s  %4.0f s spent  %4.0f s to go", name, line["epoch"],
+              epochs, line["train_loss"], top1, line["images_per_second"], spent, per_epoch * (epochs - line["epoch"]))

@@ -33,7 +33,7 @@ def config():
 
 
 def run(config, digits, folder: Path, seed: int = SEED) -> Path:
-    loop.train(config, digits, folder / "out", folder / "checkpoints", {"seed": seed, "config": config})
+    loop.train(config, digits, folder / "out", folder / "checkpoints", {"run": RUN, "seed": seed, "config": config})
     return folder / "out"
 
 
@@ -55,7 +55,7 @@ import json, sys
 from pathlib import Path
 from swconv.training import loop
 config, digits, folder = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
-loop.train(config, digits, folder / "out", folder / "checkpoints", {"seed": 0, "config": config})
+loop.train(config, digits, folder / "out", folder / "checkpoints", {"run": "sw22", "seed": 0, "config": config})
 """
 
 

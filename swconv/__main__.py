@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -61,15 +62,13 @@ def report(args: argparse.Namespace) -> None:
     rows = [Row(run=run, label=known.runs[run].label, model=known.runs[run].text,
                 same_as={profile: known.same_as(run, profile, ids) for profile in known.profiles}) for run in plan.rows]
     controls = [Control(run=run, model=known.runs[run].text, of=known.base(run, plan.rows)) for run in plan.controls]
-    proxy, imagenet = ("mini", "paper") if args.profile == "paper" else (args.profile, None)
-    build_table2(rows, controls, _evidence(proxy, args.seeds), args.out,
+    proxy, imagenet = ("mini", "paper") if args.profile in ("mini", "paper") else (args.profile, None)
+    build_table2(rows, controls, _evidence(args, proxy, ids), args.out,
                  command=f"snakemake --cores all {args.out / args.report}.md",
-                 imagenet=imagenet and _evidence(imagenet, args.seeds))
+                 imagenet=imagenet and _evidence(args, imagenet, ids))
 
 
 def ui(args: argparse.Namespace) -> None:
-    import os
-
     from swconv.training import tracking
 
     command = tracking.ui_command(DATABASE, "snakemake --cores all")
@@ -78,10 +77,13 @@ def ui(args: argparse.Namespace) -> None:
     os.execvp(command[0], command)
 
 
-def _evidence(profile: str, seeds: list[int]):
+def _evidence(args: argparse.Namespace, profile: str, runs: list[str]):
+    """The seeds asked for; of the profile that was not asked for those on disk, so that its columns stay as they are."""
     from swconv.reporting.runs import Evidence
 
-    return Evidence(profile=profile, seeds=tuple(seeds), artifacts=Path("artifacts"))
+    asked = Evidence(profile, tuple(args.seeds))
+    found = asked if profile == args.profile else Evidence.on_disk(profile, runs)
+    return found if found.seeds else asked
 
 
 def _folder(args: argparse.Namespace, stage: str, run: str, seed: int) -> Path:
@@ -91,10 +93,11 @@ def _folder(args: argparse.Namespace, stage: str, run: str, seed: int) -> Path:
 def _record(args: argparse.Namespace, module: str) -> dict:
     """Circumstances of a run, under its key."""
     from swconv import fingerprint, params
-    from swconv.training import manifest, record
+    from swconv.training import loop, manifest, record
 
     known = params.load(PARAMS)
     config, identity = known.resolve(args.run, args.profile), known.identity(args.run, args.profile)
+    loop.prepare_machine(config["machine"])                           # the record tells the flags that hold
     code = fingerprint.fingerprint(module, csrc=True)
     data_sha256 = manifest.read(args.data)["manifest_sha256"]
     return record.circumstances(key=params.key(identity, data_sha256, code, args.seed), run=args.run, profile=args.profile,
@@ -122,16 +125,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"a whole number from 0 to {2**32 - 1} is needed, got {text}")
+    return int(text)
+
+
 _ARGUMENTS = {
     "run": {"help": "id of a row of params/runs.yaml, e.g. sw11"},
     "report": {"help": "id of a report of params/runs.yaml, e.g. table2"},
     "--profile": {"required": True, "help": "scale: a file of params/profiles/"},
-    "--seed": {"required": True, "type": int},
-    "--seeds": {"required": True, "type": int, "nargs": "+"},
+    "--seed": {"required": True, "type": _seed},
+    "--seeds": {"required": True, "type": _seed, "nargs": "+"},
     "--data": {"required": True, "type": Path, "help": "folder with data.json"},
     "--weights": {"required": True, "type": Path},
     "--out": {"required": True, "type": Path, "help": "where the results go"},
-    "--log-every": {"type": int, "default": 0, "metavar": "STEPS", "help": "also log every so many steps"},
+    "--log-every": {"type": int, "default": int(os.environ.get("SWCONV_LOG_EVERY", 0)), "metavar": "STEPS",
+                    "help": "also log every so many steps; SWCONV_LOG_EVERY sets it under Snakemake"},
 }
 
 

@@ -20,7 +20,7 @@ def write_atomic(path: Path, content: bytes) -> None:
     OSError
         With one sentence when the disk is full or the folder cannot be written; nothing is left behind.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.part")  # one writer per path; what a killed one left is overwritten
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:

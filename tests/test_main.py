@@ -25,9 +25,9 @@ REST = ["--seed", "0", "--data", "d", "--out", "o"]
 LIGHT = "import sys, swconv.params, swconv.fingerprint; swconv.params.load(); assert 'torch' not in sys.modules"
 
 
-def python(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+def python(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=cwd,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+                          env=os.environ | {"PYTHONPATH": str(ROOT)} | environment)
 
 
 def test_help_and_import_load_nothing_heavy():
@@ -101,14 +101,15 @@ def test_a_disk_that_takes_no_more_stops_with_a_sentence_and_the_next_run_goes_o
     assert main(arguments) == 0
 
 
-def test_run_json_tells_key_code_machine_and_row(project):
+def test_run_json_tells_key_code_machine_and_row_whatever_the_environment_says(project):
     main(["data", "--profile", "smoke", "--out", "data"])
-    main(["train", "control_dw3", "--profile", "smoke", "--seed", "3", "--data", "data", "--out", "out"])
+    arguments = ["train", "control_dw3", "--profile", "smoke", "--seed", "3", "--data", "data", "--out", "out"]
+    assert python("-m", "swconv", *arguments, cwd=project, OMP_NUM_THREADS="2").returncode == 0
     record = json.loads((project / "out/run.json").read_text())
     assert (project / "checkpoints" / record["key"]).is_dir()
     assert record["seed"] == 3
     assert record["config"]["model"]["args"]["kernel_sizes"] == [3, 3]
     assert record["data_manifest_sha256"] == json.loads((project / "data/data.json").read_text())["manifest_sha256"]
     assert record["hardware"]["cores"] >= 1
-    assert record["flags"]["threads"] == 1
+    assert record["flags"] == {"threads": 1, "tf32_matmul": False, "tf32_cudnn": False, "deterministic": False}
     assert record["versions"]["torch"].startswith("2.")

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ class SparseTraining:
     Raises
     ------
     ValueError
-        If an argument is out of range, or the model has no large kernel.
+        If an argument is out of range, or nothing in the model is to be sparse.
 
     Notes
     -----
@@ -199,6 +200,24 @@ class SparseTraining:
                 if len(layer.branches) > 1
             },
         }
+
+    @torch.no_grad()
+    def average(self, average: nn.Module, update: Callable[[], None]) -> None:
+        """Update a moving average of the model so that it is as sparse as the model (SLaK's EMA).
+
+        Parameters
+        ----------
+        average : nn.Module
+            Of the same shape as the model.
+        update : callable
+            Moves the average towards the model. Weights that grew enter it at their full value, dead ones leave it.
+        """
+        for name, mask in self.masks.items():
+            own = average.get_parameter(name)
+            own.copy_(torch.where(mask & (own == 0), self._weights[name], own))
+        update()
+        for name, mask in self.masks.items():
+            average.get_parameter(name).mul_(mask)
 
     def density(self) -> float:
         """Share of the weights in the sparse layers that live; layers that stayed dense count as alive."""

@@ -70,7 +70,7 @@ def select_layers(model: nn.Module, granularity: str, others: str) -> list[Layer
     Raises
     ------
     ValueError
-        If the model has no large kernel under these names.
+        If nothing in the model is to be sparse.
     """
     branches: dict[str, list[str]] = {}
     large = set()
@@ -84,10 +84,10 @@ def select_layers(model: nn.Module, granularity: str, others: str) -> list[Layer
             large.add(key)
         elif _OTHERS[others].fullmatch(name):
             branches[name] = [name]
-    if not large:
+    if not branches:
         raise ValueError(
-            "Sparse training needs large-kernel parameters (large_kernel.LoRA*, mixer.filters.*), got none in "
-            f"{type(model).__name__}. "
+            f"Sparse training needs large-kernel parameters (large_kernel.LoRA*, mixer.filters.*) or others than "
+            f'"{others}" to be sparse, got none in {type(model).__name__}. '
             "Leave the recipe's sparsity out (null) for this model."
         )
     return [

@@ -29,18 +29,20 @@ def evaluate(config: Mapping[str, Any], data_dir: Path, weights: Path, out: Path
     began = time.monotonic()
     device = prepare_machine(config["machine"])
     dataset = config["dataset"]
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    stamp = weights.with_name(weights.name + ".sha256").read_text().strip()
-    if digest != stamp:
-        raise ValueError(f"{weights} is damaged: its sha256 is {digest[:12]}..., published was {stamp[:12]}.... "
+    stamp = weights.with_name(weights.name + ".sha256")
+    if not (weights.exists() and stamp.exists()):
+        raise FileNotFoundError(f"Evaluation needs {weights} and {stamp.name} beside it; train the run first.")
+    digest, published = hashlib.sha256(weights.read_bytes()).hexdigest(), stamp.read_text().strip()
+    if digest != published:
+        raise ValueError(f"{weights} is damaged: its sha256 is {digest[:12]}..., published was {published[:12]}.... "
                          f"Restore it with `dvc checkout --force {weights.parent.parent}` or train it again.")
     model = build(config).to(device, memory_format=MEMORY_FORMATS[config["machine"]["memory_format"]])
     model.load_state_dict(load_file(weights))
     val = ValLoader(dataset, data_dir, VAL_BATCH)
-    prepare = normaliser(config, device)
+    normalise = normaliser(config, device)
     alive = alive_filters(model)
-    plain = scores(model, val, prepare, device)
-    merged = scores(reparameterize_model(model.eval()), val, prepare, device)
+    plain = scores(model, val, normalise)
+    merged = scores(reparameterize_model(model.eval()), val, normalise)
     metrics = {name: (plain[name], unit) for name, unit in (("top1", "%"), ("top5", "%"), ("loss", ""), ("images", "images"))}
     metrics["top1_merged"] = (merged["top1"], "%")
     metrics["merged_logit_difference"] = ((plain["logits"] - merged["logits"]).abs().max().item(), "")

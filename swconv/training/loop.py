@@ -1,7 +1,7 @@
 """The training loop: timm's parts, our order of things.
 
 `train` turns a resolved row of params into weights, metrics and a log. It publishes by rename when all is done; until
-then the state lives in checkpoints/<key>/.
+then the state lives in checkpoints/<key>/, with a copy of the log.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 
 class DivergedError(RuntimeError):
-    """The loss is no longer a number."""
+    """The loss, or a weight, is no longer a number."""
 
 
 def train(config: Mapping[str, Any], data_dir: Path, out: Path, checkpoints: Path, record: dict[str, Any],
@@ -57,7 +57,7 @@ def train(config: Mapping[str, Any], data_dir: Path, out: Path, checkpoints: Pat
     out : Path
         Folder of the results.
     checkpoints : Path
-        Folder of this run's resumable state.
+        Folder of this run's resumable state; log.jsonl there grows by the epoch.
     record : dict
         Circumstances (`swconv.training.record.circumstances`); holds run and seed.
     log_every : int
@@ -66,97 +66,169 @@ def train(config: Mapping[str, Any], data_dir: Path, out: Path, checkpoints: Pat
     Raises
     ------
     DivergedError
-        After a loss that is not finite; the last good checkpoint stays.
+        After a loss or a weight that is not finite; the last good checkpoint stays.
     """
     with checkpoint.exclusive(checkpoints):
-        _train(config, data_dir, out, checkpoints, record, log_every)
+        began, title = time.monotonic(), f"{record['run']} seed {record['seed']}"
+        training = Training(config, data_dir, record["seed"])
+        start = training.restore(checkpoint.load(checkpoints), _environment(record))
+        if start:
+            _log.info("%s: resuming after epoch %d of %d", title, start, training.epochs)
+        before = training.seconds
+        for epoch in range(start + 1, training.epochs + 1):
+            try:
+                line = training.epoch(epoch, title, log_every)
+            except DivergedError as error:
+                raise DivergedError(f"{title}: {error}; the last good checkpoint, after epoch {epoch - 1}, is in "
+                                    f"{checkpoints}. Lower lr or lengthen warmup_epochs in params/.") from None
+            training.seconds = before + time.monotonic() - began
+            checkpoint.save(checkpoints, epoch, training.state())
+            write_atomic(checkpoints / "log.jsonl", training.log())
+            pace = (time.monotonic() - began) / (epoch - start)
+            _status(title, line, training.epochs, training.seconds, pace * (training.epochs - epoch))
+        training.publish(out, record | {"resumed_from_epoch": start or None})
 
 
-def _train(config: Mapping[str, Any], data_dir: Path, out: Path, checkpoints: Path, record: dict[str, Any],
-           log_every: int) -> None:
-    recipe, dataset, machine = config["recipe"], config["dataset"], config["machine"]
-    seed, device = record["seed"], prepare_machine(machine)
-    _seed(seed)
-    model = build(config).to(device, memory_format=MEMORY_FORMATS[machine["memory_format"]])
-    manifest.verify(data_dir)
-    pinned = device.type == "cuda"
-    loader = TrainLoader(dataset, recipe, data_dir, seed, pin_memory=pinned)
-    val = ValLoader(dataset, data_dir, VAL_BATCH, pin_memory=pinned)
-    steps = len(loader)
-    optimizer = torch.optim.AdamW(parameter_groups(model, recipe["weight_decay"]), lr=recipe["lr"],
-                                  betas=tuple(recipe["betas"]), eps=recipe["eps"])
-    schedule = _schedule(optimizer, recipe, steps)
-    ema = ModelEmaV3(model, decay=recipe["ema_decay"]) if recipe["ema_decay"] else None
-    sparsity = recipe["sparsity"] and SparseTraining(model, total_steps=recipe["epochs"] * steps, seed=seed,
-                                                     **recipe["sparsity"])
-    parts = {"model": model, "optimizer": optimizer, "ema": ema and ema.module, "sparsity": sparsity}
-    parts = {name: part for name, part in parts.items() if part}
-    mixing = mixup_for(recipe, dataset["num_classes"]), erasing_for(recipe, device)
-    prepare = normaliser(config, device)
+class Training:
+    """All that one run needs, built in the order data flow.
 
-    state = checkpoint.load(checkpoints)
-    if state:
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        _log.info("%s seed %d: resuming after epoch %d of %d", record["run"], seed, state["epoch"], recipe["epochs"])
-    elif sparsity:
-        images, labels = next(loader.epoch(0))
-        first = slice(machine["micro_batch"])
-        sparsity.initialise(prepare(images[first]), labels[first].to(device))
-    lines, start = (state["lines"], state["epoch"]) if state else ([], 0)
-    spent = state["seconds"] if state else 0.0
+    Attributes
+    ----------
+    epochs : int
+        To train.
+    lines : list of dict
+        The log so far.
+    seconds : float
+        Spent so far, interruptions left out.
+    """
 
-    title, began = f"{record['run']} seed {record['seed']}", time.monotonic()
-    for epoch in range(start + 1, recipe["epochs"] + 1):
-        clock = time.monotonic()
-        model.train()
-        total, bar = 0.0, _bar(loader.epoch(epoch), steps, f"{title} epoch {epoch}/{recipe['epochs']}", recipe["batch_size"])
-        for step, (images, labels) in enumerate(bar):
-            schedule.step_update((epoch - 1) * steps + step)
-            x, target = prepare(images), labels.to(device)
-            loss = _step(model, optimizer, x, target, mixing, recipe, machine)
+    def __init__(self, config: Mapping[str, Any], data_dir: Path, seed: int) -> None:
+        self.recipe, dataset, self.machine = config["recipe"], config["dataset"], config["machine"]
+        self.device, self.seed = prepare_machine(self.machine), seed
+        _seed(seed)
+        manifest.verify(data_dir)
+        pinned = self.device.type == "cuda"
+        self.loader = TrainLoader(dataset, self.recipe, data_dir, seed, pin_memory=pinned)
+        self.val = ValLoader(dataset, data_dir, VAL_BATCH, pin_memory=pinned)
+        self.normalise = normaliser(config, self.device)
+        self.erasing = erasing_for(self.recipe, self.device)
+        self.mixup = mixup_for(self.recipe, dataset["num_classes"])
+
+        self.model = build(config).to(self.device, memory_format=MEMORY_FORMATS[self.machine["memory_format"]])
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, self.recipe["weight_decay"]), lr=self.recipe["lr"],
+                                           betas=tuple(self.recipe["betas"]), eps=self.recipe["eps"], fused=True)
+        self.steps, self.epochs = len(self.loader), self.recipe["epochs"]
+        self.schedule = _schedule(self.optimizer, self.recipe, self.steps)
+        self.sparsity = self.recipe["sparsity"] and SparseTraining(
+            self.model, total_steps=self.epochs * self.steps, seed=seed, **self.recipe["sparsity"])
+        self.ema = ModelEmaV3(self.model, decay=self.recipe["ema_decay"]) if self.recipe["ema_decay"] else None
+        self.lines: list[dict[str, Any]] = []
+        self.environments: list[dict[str, Any]] = []
+        self.seconds = 0.0
+
+    @property
+    def judged(self) -> nn.Module:
+        """The weights that are evaluated and published: the average where the recipe keeps one."""
+        return self.ema.module if self.ema else self.model
+
+    def restore(self, state: dict[str, Any] | None, environment: dict[str, Any]) -> int:
+        """Go on from a checkpoint's state, or draw the first masks; return the epochs done."""
+        if state:
+            for name, part in self._parts().items():
+                part.load_state_dict(state[name])
+            self.lines, self.seconds, self.environments = state["lines"], state["seconds"], state["environments"]
+        elif self.sparsity:
+            images, labels = next(self.loader.epoch(0))
+            first = slice(self.machine["micro_batch"])
+            self.sparsity.initialise(self.normalise(images[first]), labels[first].to(self.device))
+        if environment not in self.environments:
+            if self.environments:
+                _log.warning("This run began elsewhere (%s) and goes on here (%s): it no longer ends bit for bit where an "
+                             "undisturbed one ends. run.json lists both.", self.environments[-1], environment)
+            self.environments.append(environment)
+        return state["epoch"] if state else 0
+
+    def state(self) -> dict[str, Any]:
+        """All that the next epoch depends on, but for the global generators."""
+        parts = {name: part.state_dict() for name, part in self._parts().items()}
+        return parts | {"lines": self.lines, "seconds": self.seconds, "environments": self.environments}
+
+    def epoch(self, epoch: int, title: str, log_every: int) -> dict[str, Any]:
+        """Train one epoch, evaluate if it is due, and return its line of the log."""
+        clock, total = time.monotonic(), 0.0
+        self.model.train()
+        bar = tqdm(self.loader.epoch(epoch), total=self.steps, desc=f"{title} epoch {epoch}/{self.epochs}", unit="images",
+                   unit_scale=self.recipe["batch_size"], disable=not sys.stderr.isatty(), leave=False)
+        for step, (images, labels) in enumerate(bar, start=(epoch - 1) * self.steps):
+            loss = self.step(step, self.normalise(images), labels.to(self.device))
             if not math.isfinite(loss):
-                raise DivergedError(
-                    f"the loss became {loss} in epoch {epoch}, step {step + 1}; the last good checkpoint, after epoch "
-                    f"{epoch - 1}, is in {checkpoints}. Lower lr or lengthen warmup_epochs in params/."
-                )
-            if sparsity and (event := sparsity.step(optimizer)):
-                lines.append(event)
-            if ema:
-                ema.update(model, step=(epoch - 1) * steps + step)
+                raise DivergedError(f"the loss became {loss} in epoch {epoch}, step {step + 1}")
             if log_every and (step + 1) % log_every == 0:
-                lines.append({"event": "step", "step": (epoch - 1) * steps + step + 1, "loss": loss})
+                self.lines.append({"event": "step", "step": step + 1, "loss": loss})
             total += loss
-        line = {"epoch": epoch, "train_loss": total / steps, "lr": optimizer.param_groups[0]["lr"]}
-        training = time.monotonic() - clock
-        if epoch % recipe["evaluate_every"] == 0 or epoch == recipe["epochs"]:
-            result = scores(ema.module if ema else model, val, prepare, device)
+        trained = time.monotonic() - clock
+        if not all(tensor.isfinite().all() for tensor in self.judged.state_dict().values()):
+            raise DivergedError(f"a weight is no number after epoch {epoch}")
+        line = {"epoch": epoch, "train_loss": total / self.steps, "lr": self.optimizer.param_groups[0]["lr"]}
+        if epoch % self.recipe["evaluate_every"] == 0 or epoch == self.epochs:
+            result = scores(self.judged, self.val, self.normalise)
             line |= {"val_loss": result["loss"], "top1": result["top1"]}
-        if sparsity:
-            line["density"] = sparsity.density()
-        line |= {"images_per_second": steps * recipe["batch_size"] / training, "seconds": time.monotonic() - clock}
-        lines.append(line)
-        here = time.monotonic() - began
-        checkpoint.save(checkpoints, epoch, {name: part.state_dict() for name, part in parts.items()}
-                        | {"lines": lines, "seconds": spent + here})
-        _status(title, line, recipe["epochs"], spent + here, here / (epoch - start))
+        if self.sparsity:
+            line["density"] = self.sparsity.density()
+        line |= {"images_per_second": self.steps * self.recipe["batch_size"] / trained, "seconds": time.monotonic() - clock}
+        self.lines.append(line)
+        return line
 
-    trained = ema.module if ema else model
-    epochs = [line for line in lines if "epoch" in line]
-    measured = [line["top1"] for line in epochs if "top1" in line]
-    metrics = values(
-        top1=(measured[-1], "%"), top1_best=(max(measured), "%"), train_loss=(epochs[-1]["train_loss"], ""),
-        val_loss=(epochs[-1]["val_loss"], ""), epochs=(recipe["epochs"], "epochs"), steps=(recipe["epochs"] * steps, "steps"),
-        parameters=(sum(p.numel() for p in model.parameters()), "weights"),
-        **({"density": (sparsity.density(), "")} if sparsity else {}),
-    )
-    body = to_safetensors({name: tensor.contiguous() for name, tensor in trained.state_dict().items()})
-    write_atomic(out / "weights.safetensors", body)
-    write_atomic(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
-    write_json(out / "run.json", record | {"seconds": round(spent + time.monotonic() - began, 1),
-                                           "resumed_from_epoch": start or None})
-    write_json(out / "metrics.json", metrics)
-    write_atomic(out / "weights.safetensors.sha256", (hashlib.sha256(body).hexdigest() + "\n").encode())
+    def step(self, step: int, x: Tensor, target: Tensor) -> float:
+        """One optimizer step, its gradient summed over micro-batches; returns the mean loss. No step on a bad loss."""
+        self.schedule.step_update(step)
+        if self.erasing:
+            x = self.erasing(x)
+        if self.mixup:
+            x, target = self.mixup(x, target)                         # target: (B, classes), smoothed
+        smoothing = 0.0 if self.mixup else self.recipe["label_smoothing"]
+        size, total = self.machine["micro_batch"] or len(x), 0.0
+        self.optimizer.zero_grad(set_to_none=True)
+        for part, part_target in zip(x.split(size), target.split(size), strict=True):
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.machine["amp"] == "bfloat16"):
+                logits = self.model(part)                             # (b, classes)
+                loss = F.cross_entropy(logits, part_target, label_smoothing=smoothing) * (len(part) / len(x))
+            loss.backward()
+            total += loss.item()
+        if math.isfinite(total):
+            self.optimizer.step()
+            if self.sparsity and (event := self.sparsity.step(self.optimizer)):
+                self.lines.append(event)
+            if self.ema:
+                update = partial(self.ema.update, self.model, step=step)
+                self.sparsity.average(self.ema.module, update) if self.sparsity else update()
+        return total
+
+    def log(self) -> bytes:
+        """log.jsonl."""
+        return "".join(json.dumps(line) + "\n" for line in self.lines).encode()
+
+    def publish(self, out: Path, record: dict[str, Any]) -> None:
+        """Write the results, the stamp of the weights last."""
+        epochs = [line for line in self.lines if "epoch" in line]
+        measured = [line["top1"] for line in epochs if "top1" in line]
+        metrics = values(
+            top1=(measured[-1], "%"), top1_best=(max(measured), "%"), train_loss=(epochs[-1]["train_loss"], ""),
+            val_loss=(epochs[-1]["val_loss"], ""), epochs=(self.epochs, "epochs"), steps=(self.epochs * self.steps, "steps"),
+            parameters=(sum(p.numel() for p in self.model.parameters()), "weights"),
+            **({"density": (self.sparsity.density(), "")} if self.sparsity else {}),
+        )
+        body = to_safetensors({name: tensor.contiguous() for name, tensor in self.judged.state_dict().items()})
+        write_atomic(out / "weights.safetensors", body)
+        write_atomic(out / "log.jsonl", self.log())
+        write_json(out / "run.json", record | {"seconds": round(self.seconds, 1), "environments": self.environments})
+        write_json(out / "metrics.json", metrics)
+        write_atomic(out / "weights.safetensors.sha256", (hashlib.sha256(body).hexdigest() + "\n").encode())
+
+    def _parts(self) -> dict[str, Any]:
+        parts = {"model": self.model, "optimizer": self.optimizer, "sparsity": self.sparsity,
+                 "ema": self.ema and self.ema.module}
+        return {name: part for name, part in parts.items() if part}
 
 
 def build(config: Mapping[str, Any]) -> nn.Module:
@@ -204,33 +276,11 @@ def _schedule(optimizer: torch.optim.Optimizer, recipe: Mapping[str, Any], steps
                              warmup_lr_init=0.0, warmup_prefix=True, t_in_epochs=False)
 
 
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, target: Tensor, mixing: tuple,
-          recipe: Mapping[str, Any], machine: Mapping[str, Any]) -> float:
-    """One optimizer step, its gradient summed over micro-batches; returns the mean loss. None on a loss that is no number."""
-    mixup, erasing = mixing
-    if erasing:
-        x = erasing(x)
-    if mixup:
-        x, target = mixup(x, target)                                  # target: (B, classes), smoothed
-    smoothing = 0.0 if mixup else recipe["label_smoothing"]
-    optimizer.zero_grad(set_to_none=True)
-    size, total = machine["micro_batch"] or len(x), 0.0
-    for part, part_target in zip(x.split(size), target.split(size), strict=True):
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=machine["amp"] == "bfloat16"):
-            logits = model(part)                                      # (b, classes)
-            loss = F.cross_entropy(logits, part_target, label_smoothing=smoothing) * (len(part) / len(x))
-        loss.backward()
-        total += loss.item()
-    if math.isfinite(total):
-        optimizer.step()
-    return total
-
-
 @torch.inference_mode()
-def scores(model: nn.Module, val: ValLoader, prepare: Any, device: torch.device) -> dict[str, Any]:
+def scores(model: nn.Module, val: ValLoader, normalise: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     """Top-1 and top-5 in %, mean cross-entropy, logits, and top-1 by distance where the files tell one."""
     model.eval()
-    batches = [(model(prepare(images)).float().cpu(), labels) for images, labels in val]
+    batches = [(model(normalise(images)).float().cpu(), labels) for images, labels in val]
     logits, labels = (torch.cat(part) for part in zip(*batches, strict=True))
     hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
     right = hits[:, 0].double()
@@ -242,13 +292,14 @@ def scores(model: nn.Module, val: ValLoader, prepare: Any, device: torch.device)
             "top1_by_distance": distances}
 
 
-def _bar(batches: Iterable, steps: int, title: str, batch_size: int) -> tqdm:
-    return tqdm(batches, total=steps, desc=title, unit="images", unit_scale=batch_size, disable=not sys.stderr.isatty(),
-                leave=False)
+def _environment(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What equal bits depend on beyond the run's key."""
+    return {"cpu": record["hardware"]["cpu"], "gpu": record["hardware"]["gpu"], "torch": record["versions"]["torch"],
+            "library_sha256": record["library_sha256"]}
 
 
-def _status(name: str, line: Mapping[str, Any], epochs: int, spent: float, per_epoch: float) -> None:
-    """One line per epoch, with the remaining time at the pace so far."""
+def _status(title: str, line: Mapping[str, Any], epochs: int, spent: float, remaining: float) -> None:
+    """One line per epoch."""
     top1 = f"{line['top1']:5.1f} %" if "top1" in line else "    -  "
-    _log.info("%s  epoch %3d/%d  loss %.3f  top-1 %s  %5.0f images/s  %4.0f s spent  %4.0f s to go", name, line["epoch"],
-              epochs, line["train_loss"], top1, line["images_per_second"], spent, per_epoch * (epochs - line["epoch"]))
+    _log.info("%s  epoch %3d/%d  loss %.3f  top-1 %s  %5.0f images/s  %4.0f s spent  %4.0f s to go", title, line["epoch"],
+              epochs, line["train_loss"], top1, line["images_per_second"], spent, remaining)

@@ -113,8 +113,11 @@ def read(data_dir: Path) -> dict:
     path = Path(data_dir) / "data.json"
     if not path.is_file():
         raise FileNotFoundError(f"Training needs the dataset record {path}, got no such file; run the data rule first.")
-    record = json.loads(path.read_text())
-    return record | {"root": path.parent / record["root"]}
+    try:
+        record = json.loads(path.read_text())
+        return record | {"root": path.parent / record["root"], "manifest_sha256": record["manifest_sha256"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no dataset record ({error!r}); delete it and run the data rule again.") from None
 
 
 def verify(data_dir: Path) -> None:
@@ -125,8 +128,10 @@ def verify(data_dir: Path) -> None:
     ValueError
         Names the first files that differ.
     """
-    root = read(data_dir)["root"]
-    with (Path(data_dir) / "manifest.csv").open(newline="") as file:
+    root, table = read(data_dir)["root"], Path(data_dir) / "manifest.csv"
+    if not table.is_file():
+        raise FileNotFoundError(f"Training needs the manifest {table}, got no such file; run the data rule again.")
+    with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
     bad = []
     for row in tqdm(rows, desc="data: verify", unit="file", disable=None):

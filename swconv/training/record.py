@@ -18,6 +18,8 @@ import torchvision
 from swconv.ops import native
 
 LOCK = Path("requirements.lock")
+# What a result is made from; reports and the active profile change with every run.
+SOURCES = ("swconv", "csrc", "setup.py", "params", "workflow", "Snakefile", str(LOCK), ":!params/active.yaml")
 
 
 def circumstances(*, key: str, run: str, profile: str, seed: int, code: str, config: Mapping[str, Any],
@@ -40,14 +42,14 @@ def circumstances(*, key: str, run: str, profile: str, seed: int, code: str, con
         "profile": profile,
         "seed": seed,
         "git_commit": commit,
-        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")) if commit else None,
+        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", *SOURCES)) if commit else None,
         "lock_sha256": hashlib.sha256(LOCK.read_bytes()).hexdigest() if LOCK.exists() else None,
         "data_manifest_sha256": data_sha256,
         "library_sha256": native.library_sha256(),
         "code": code,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": hardware(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "torchvision": torchvision.__version__,
                      "timm": timm.__version__, "numpy": numpy.__version__},
         "flags": {
             "threads": torch.get_num_threads(),

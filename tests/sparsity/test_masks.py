@@ -83,9 +83,14 @@ def test_layers_of_our_own_models_are_found():
     }
 
 
-def test_a_network_without_large_kernels_is_refused():
+def test_a_network_in_which_nothing_is_to_be_sparse_is_refused():
     with pytest.raises(ValueError, match="got none in Linear"):
-        select_layers(nn.Linear(2, 2), "filter", "all")
+        select_layers(nn.Linear(2, 2), "filter", "none")
+
+
+def test_a_network_without_large_kernels_has_its_other_layers():
+    layers = select_layers(nn.Sequential(nn.Linear(2, 2)), "filter", "all")
+    assert [(layer.name, layer.large_kernel, layer.per_filter) for layer in layers] == [("0.weight", False, False)]
 
 
 def test_prune_kills_the_dead_and_a_rounded_up_share_of_the_living():

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from swconv import params
-from swconv.training import evaluation, loop, manifest
+from swconv.training import checkpoint, evaluation, loop, manifest, record
 
 RUN, SEED = "sw22", 0                                                 # two Rep branches, subset masks: much state
 
@@ -32,8 +32,12 @@ def config():
     return row
 
 
-def run(config, digits, folder: Path, seed: int = SEED) -> Path:
-    loop.train(config, digits, folder / "out", folder / "checkpoints", {"run": RUN, "seed": seed, "config": config})
+def circumstances(config, seed: int = SEED, **other) -> dict:
+    return record.circumstances(key="k", run=RUN, profile="smoke", seed=seed, code="c", config=config, data_sha256="d") | other
+
+
+def run(config, digits, folder: Path, seed: int = SEED, **other) -> Path:
+    loop.train(config, digits, folder / "out", folder / "checkpoints", circumstances(config, seed, **other))
     return folder / "out"
 
 
@@ -54,8 +58,8 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 from swconv.training import loop
-config, digits, folder = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
-loop.train(config, digits, folder / "out", folder / "checkpoints", {"run": "sw22", "seed": 0, "config": config})
+config, digits, folder, circumstances = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4])
+loop.train(config, digits, folder / "out", folder / "checkpoints", circumstances)
 """
 
 
@@ -63,7 +67,8 @@ def test_killed_training_resumes_and_ends_bit_for_bit_where_the_undisturbed_one_
     config["recipe"] |= {"epochs": 8}
     straight = run(config, digits, tmp_path / "straight")
     killed = tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT, json.dumps(config), str(digits), str(killed)],
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, json.dumps(config), str(digits), str(killed),
+                                json.dumps(circumstances(config))],
                                env=os.environ | {"PYTHONPATH": str(Path.cwd())}, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (killed / "checkpoints/epoch0002.pt").exists():
@@ -112,9 +117,55 @@ def test_another_seed_gives_other_weights(config, digits, tmp_path):
 
 def test_a_loss_that_is_no_number_stops_with_the_epoch_and_keeps_the_checkpoint(config, digits, tmp_path):
     config["recipe"] |= {"lr": 1e30, "warmup_epochs": 1.0}
-    with pytest.raises(loop.DivergedError, match=r"epoch \d, step \d+; the last good checkpoint"):
+    with pytest.raises(loop.DivergedError, match=r"the loss became \w+ in epoch \d, step \d+; the last good checkpoint"):
         run(config, digits, tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_weight_that_is_no_number_is_not_kept_as_a_checkpoint(config, digits, tmp_path, monkeypatch):
+    real = loop.Training.step
+
+    def poison(self, step, x, target):
+        loss = real(self, step, x, target)
+        if step == 2 * self.steps - 1:                                # the last step of epoch 2: no later loss tells
+            with torch.no_grad():
+                self.model.head.bias[0] = float("nan")
+        return loss
+
+    monkeypatch.setattr(loop.Training, "step", poison)
+    with pytest.raises(loop.DivergedError, match=r"sw22 seed 0: a weight is no number after epoch 2; the last good checkpoint"):
+        run(config, digits, tmp_path)
+    monkeypatch.undo()
+    assert checkpoint.load(tmp_path / "checkpoints")["epoch"] == 1
+    assert run(config, digits, tmp_path).exists()
+
+
+def test_the_average_is_as_sparse_as_the_masks(config, digits, tmp_path):
+    config["recipe"] |= {"ema_decay": 0.9}
+    weights = load_file(run(config, digits, tmp_path) / "weights.safetensors")
+    masks = checkpoint.load(tmp_path / "checkpoints")["sparsity"]["masks"]
+    assert masks
+    for name, mask in masks.items():
+        assert not weights[name][~mask.expand_as(weights[name])].any(), name
+
+
+def test_a_run_that_goes_on_elsewhere_says_so(config, digits, tmp_path, caplog):
+    run(config, digits, tmp_path)
+    out = run(config, digits, tmp_path, library_sha256="another build")
+    assert "goes on here" in caplog.text
+    places = json.loads((out / "run.json").read_text())["environments"]
+    assert [place["library_sha256"] == "another build" for place in places] == [False, True]
+
+
+def test_the_log_grows_by_the_epoch_beside_the_checkpoint(config, digits, tmp_path):
+    out = run(config, digits, tmp_path)
+    assert (tmp_path / "checkpoints/log.jsonl").read_bytes() == (out / "log.jsonl").read_bytes()
+
+
+def test_steps_are_logged_on_request(config, digits, tmp_path):
+    loop.train(config, digits, tmp_path / "out", tmp_path / "checkpoints", circumstances(config), log_every=5)
+    lines = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line.get("event") == "step"] == [5, 10, 15]
 
 
 def test_pruned_weights_are_zero_in_what_is_published(config, digits, tmp_path):
@@ -140,18 +191,17 @@ def test_schedule_warms_up_from_zero_and_ends_at_min_lr(config):
     assert rates[100] == pytest.approx(1e-4)
 
 
-def test_micro_batches_give_the_gradient_of_the_whole_batch(config):
+def test_micro_batches_give_the_gradient_of_the_whole_batch(config, digits):
     """float64, no BatchNorm in the way (its statistics are per micro-batch, as published)."""
-    torch.manual_seed(0)
+    config["recipe"] |= {"sparsity": None}
     x, target = torch.randn(12, 1, 8, 8, dtype=torch.float64), torch.arange(12) % 10
     gradients = []
     for size in (None, 4, 5):
+        training = loop.Training(config | {"machine": config["machine"] | {"micro_batch": size}}, digits, SEED)
         torch.manual_seed(1)
-        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).double()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        machine = config["machine"] | {"micro_batch": size}
-        loss = loop._step(model, optimizer, x, target, (None, None), config["recipe"], machine)
-        gradients.append((loss, model[1].weight.grad))
+        training.model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).double()
+        loss = training.step(0, x, target)
+        gradients.append((loss, training.model[1].weight.grad))
     for loss, gradient in gradients[1:]:
         assert loss == pytest.approx(gradients[0][0], abs=1e-12)
         torch.testing.assert_close(gradient, gradients[0][1], atol=1e-14, rtol=1e-12)
@@ -168,7 +218,7 @@ def test_norms_and_biases_do_not_decay_but_grn_does(config):
 
 def test_evaluation_equals_the_training_metric_and_merging_changes_nothing(config, digits, tmp_path):
     out = run(config, digits, tmp_path)
-    evaluation.evaluate(config, digits, out / "weights.safetensors", tmp_path / "evaluate", {"seed": SEED})
+    evaluation.evaluate(config, digits, out / "weights.safetensors", tmp_path / "evaluate", circumstances(config))
     trained, measured = (json.loads((tmp_path / stage / "metrics.json").read_text()) for stage in ("out", "evaluate"))
     assert measured["top1"] == trained["top1"]
     assert measured["merged_logit_difference"]["value"] < 1e-5
@@ -181,7 +231,7 @@ def test_damaged_weights_are_refused_with_the_repair(config, digits, tmp_path):
     path = out / "weights.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
     with pytest.raises(ValueError, match="is damaged.*dvc checkout"):
-        evaluation.evaluate(config, digits, path, tmp_path / "evaluate", {"seed": SEED})
+        evaluation.evaluate(config, digits, path, tmp_path / "evaluate", circumstances(config))
 
 
 def test_a_changed_image_is_noticed_before_training(config, digits, tmp_path):

@@ -32,13 +32,17 @@ def test_commit_and_dirt_are_those_of_the_folder(tmp_path, monkeypatch):
         subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *arguments], check=True, capture_output=True)
 
     git("init")
-    Path("a").write_text("1")
-    git("add", "a")
+    Path("swconv").mkdir()
+    Path("swconv/a").write_text("1")
+    Path("README.md").write_text("1")
+    git("add", ".")
     git("commit", "-m", "first")
     told = record.circumstances(**COMMON)
     assert len(told["git_commit"]) == 40
     assert told["git_dirty"] is False
-    Path("a").write_text("2")
+    Path("README.md").write_text("2")
+    assert record.circumstances(**COMMON)["git_dirty"] is False
+    Path("swconv/a").write_text("2")
     assert record.circumstances(**COMMON)["git_dirty"] is True
 
 

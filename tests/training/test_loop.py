@@ -8,8 +8,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from swconv import params
@@ -174,6 +176,38 @@ def test_pruned_weights_are_zero_in_what_is_published(config, digits, tmp_path):
     dead = (filters == 0).all(1)
     assert dead.any()
     assert (filters[~dead] != 0).any(1).all()
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """A folder in ImageNet's form: two classes, JPEGs of several sizes, some grey."""
+    for split, count in (("train", 12), ("val", 5)):
+        for wnid, shade in (("n01440764", 60), ("n03445777", 190)):
+            folder = tmp_path / "imagenet" / split / wnid
+            folder.mkdir(parents=True)
+            for index in range(count):
+                noise = np.random.RandomState(index).randint(-50, 50, (70 + 7 * index, 90, 3))
+                image = Image.fromarray((shade + noise).clip(0, 255).astype(np.uint8))
+                (image.convert("L") if index == 1 else image).save(folder / f"{wnid}_{index}.JPEG")
+    return tmp_path / "imagenet"
+
+
+@pytest.mark.parametrize("row", ["sw11", "sw24"])
+def test_the_papers_recipe_trains_on_a_folder_in_imagenets_form(photographs, tmp_path, row):
+    """All of it: RandAugment, crops, erasing, Mixup and CutMix, drop path, EMA, worker processes, micro-batches, masks."""
+    config = params.load().resolve(row, "paper")
+    config["model"]["args"] |= {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}
+    config["recipe"] |= {"epochs": 2, "batch_size": 8, "warmup_epochs": 1}
+    config["recipe"]["sparsity"] |= {"update_every": 2}
+    config["dataset"] |= {"root": str(photographs), "num_classes": 2, "image_size": 64, "workers": 1}
+    config["machine"] |= {"device": "cpu", "threads": 1, "micro_batch": 4}
+    manifest.prepare(config["dataset"], tmp_path / "data")
+    out = run(config, tmp_path / "data", tmp_path)
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["steps"]["value"] == 6
+    assert metrics["density"]["value"] < 0.9
+    evaluation.evaluate(config, tmp_path / "data", out / "weights.safetensors", tmp_path / "evaluate", circumstances(config))
+    assert json.loads((tmp_path / "evaluate/metrics.json").read_text())["images"]["value"] == 10
 
 
 def test_schedule_warms_up_from_zero_and_ends_at_min_lr(config):

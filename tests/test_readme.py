@@ -1,14 +1,14 @@
 """What the README tells a user to add works as written, and what it names exists."""
 
-import importlib
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
 import yaml
 from PIL import Image
@@ -24,21 +24,33 @@ def snippet(after: str, language: str) -> str:
     return re.search(rf"```{language}\n(.*?)```", README.split(after, 1)[1], re.DOTALL)[1]
 
 
+def append(path: Path, text: str) -> None:
+    path.write_text(path.read_text() + text)
+
+
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     shutil.copytree("params", tmp_path / "params")
+    shutil.copytree("reports/paper", tmp_path / "reports/paper")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_the_added_ablation_is_a_row_that_trains(project):
+def test_the_added_ablation_trains_and_stands_in_the_table(project):
     path = project / "params/runs.yaml"
-    path.write_text(path.read_text() + snippet("**An ablation**", "yaml"))
-    known = params.load()
-    assert known.resolve("mine", "paper")["model"]["args"]["edges"] == 1
-    assert main(["data", "--profile", "smoke", "--out", "data"]) == 0
-    assert main(["train", "mine", "--profile", "smoke", "--seed", "0", "--data", "data", "--out", "out"]) == 0
-    assert (project / "out/weights.safetensors").exists()
+    append(path, snippet("**An ablation**", "yaml"))
+    path.write_text(re.sub(r"(?<=  table2:)(.*?rows: \[.*?)(?=\])", r"\1, mine", path.read_text(), count=1, flags=re.DOTALL))
+    assert params.load().resolve("mine", "paper")["model"]["args"]["edges"] == 1
+    scale = ["--profile", "smoke"]
+    assert main(["data", *scale, "--out", "data"]) == 0
+    for run in ("sw03", "mine"):
+        trained, evaluated = (f"artifacts/smoke/{stage}/{run}/seed0" for stage in ("train", "evaluate"))
+        arguments = [run, *scale, "--seed", "0", "--data", "data"]
+        assert main(["train", *arguments, "--out", trained]) == 0
+        assert main(["evaluate", *arguments, "--weights", f"{trained}/weights.safetensors", "--out", evaluated]) == 0
+    assert main(["report", "table2", *scale, "--seeds", "0", "--out", "out"]) == 0
+    cells = r"^\| mine \| two branches, one edge \| - \| \d+\.\d \(n = 1\) \[\^mine\] \| [+-]\d+\.\d .*? \| - \|$"
+    assert re.search(cells, (project / "out/table2.md").read_text(), re.MULTILINE)
 
 
 def test_the_added_dataset_trains_and_evaluates(project):
@@ -54,8 +66,6 @@ def test_the_added_dataset_trains_and_evaluates(project):
             for index in range(count):
                 noise = np.random.RandomState(index).randint(-20, 20, (70, 90, 3))
                 Image.fromarray((colour + noise).clip(0, 255).astype(np.uint8)).save(folder / f"{index}.jpg")
-    edit = project / "params/recipes.yaml"
-    edit.write_text(edit.read_text().replace("epochs: 120", "epochs: 30"))
     assert main(["data", "--profile", name[2], "--out", "data"]) == 0
     arguments = ["sw11", "--profile", name[2], "--seed", "0", "--data", "data"]
     assert main(["train", *arguments, "--out", "out"]) == 0
@@ -65,12 +75,24 @@ def test_the_added_dataset_trains_and_evaluates(project):
     assert "top1_distance_2" not in measured
 
 
-def test_the_added_backbone_is_a_timm_model(tmp_path, monkeypatch):
-    (tmp_path / "pool_backbone.py").write_text(snippet("**A backbone**", "python"))
-    monkeypatch.syspath_prepend(tmp_path)
-    importlib.import_module("pool_backbone")
-    model = timm.create_model("pool_tiny", num_classes=7)
-    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 7)
+def test_the_added_backbone_is_a_row_that_trains(tmp_path):
+    """In a copy of the package, in a process of its own: the steps of the README edit swconv/."""
+    for folder in ("swconv", "csrc", "params"):
+        shutil.copytree(folder, tmp_path / folder)
+    shutil.copy("setup.py", tmp_path)
+    (tmp_path / "swconv/models/pool.py").write_text(snippet("**A backbone**", "python"))
+    append(tmp_path / "swconv/models/__init__.py", "\nimport swconv.models.pool\n")
+    schema, entry = tmp_path / "swconv/params.py", re.search(r"Add `(.*?)` to `ARGS`", README)[1]
+    schema.write_text(re.sub(r"^(ARGS\b.*= \{)", rf"\1{entry}, ", schema.read_text(), count=1, flags=re.MULTILINE))
+    append(tmp_path / "params/models.yaml", snippet("`swconv/params.py`: which arguments", "yaml"))
+    append(tmp_path / "params/runs.yaml", snippet("  args: {depths: [1, 1]", "yaml"))
+    scale = ["--profile", "smoke"]
+    verbs = [["data", *scale, "--out", "data"], ["train", "pool", *scale, "--seed", "0", "--data", "data", "--out", "out"]]
+    code = f"import sys; from swconv.__main__ import main; sys.exit(any(main(verb) for verb in {verbs}))"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "out/run.json").read_text())
+    assert (record["run"], record["config"]["model"]["name"]) == ("pool", "pool_tiny")
 
 
 def test_the_deployed_network_of_the_readme_runs():

@@ -37,7 +37,6 @@ def footnote(results: Results) -> str:
         key = (run.circumstances["key"] or "none")[:KEY_CHARACTERS]
         groups.setdefault(f"{_commit(run)}, {_machine(run)}", []).append(f"seed {run.seed} key `{key}`")
     parts = [f"{', '.join(seeds)}, {made}" for made, seeds in groups.items()]
-    parts += [f"seed {seed} diverged ({reason})" for seed, reason in results.diverged.items()]
     parts += [f"seed {seed} not run" for seed in results.missing]
     return f"`{results.path}`: {'; '.join(parts)}. Remake: `{results.command}`."
 

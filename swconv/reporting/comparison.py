@@ -15,16 +15,16 @@ NO_VERDICT = f"no verdict (n < {VERDICT_SEEDS})"
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the paper's table.
+    """A row of the table: the paper's, or one of ours beside them.
 
     Parameters
     ----------
     run : str
         Run id, ``sw03``.
     label : str
-        The paper's id, ``#3``; the paper's numbers are found by it.
+        The paper's id, ``#3``, by which its number is found; a row of ours has a label that the paper does not have.
     model : str
-        The paper's wording.
+        The paper's wording, or ours.
     same_as : mapping of profile to run id or None
         The row that resolves to the same configuration in that profile, and is trained in its place.
     """
@@ -85,9 +85,7 @@ class Comparison:
         """``measured``, or the words that stand in place of a number."""
         if run not in self.results:
             return f"not expressible at {self.profile} scale, same as {self.labels[self.same_as[run]]}"
-        if self.top1(run):
-            return "measured"
-        return "diverged" if self.results[run].diverged else "not run"
+        return "measured" if self.top1(run) else "not run"
 
     def text(self, run: str, digits: int) -> str:
         """Mean ± sd and n, or why there is none."""
@@ -96,12 +94,9 @@ class Comparison:
             return self.state(run)
         spread = statistics.sd(values)
         text = f"{statistics.mean(values):.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "")
-        absent = [
-            f"; {count(len(seeds), 'seed')} {what}"
-            for seeds, what in ((self.results[run].diverged, "diverged"), (self.results[run].missing, "not run"))
-            if seeds
-        ]
-        return f"{text} (n = {len(values)}{''.join(absent)})"
+        missing = self.results[run].missing
+        absent = f"; {count(len(missing), 'seed')} not run" if missing else ""
+        return f"{text} (n = {len(values)}{absent})"
 
     def difference(self, run: str, reference: str) -> Interval | None:
         """Of a row's mean to that of another; None where either has no number or both stand on the same runs."""
@@ -115,24 +110,18 @@ class Comparison:
         interval = self.difference(run, reference)
         if interval is None:
             return "-"
-        if not interval.decidable:
-            return NO_VERDICT
-        lost = len(self.of(run).diverged) + len(self.of(reference).diverged)
-        return no_verdict_diverged(lost) if lost else interval.sign
+        return interval.sign if interval.decidable else NO_VERDICT
 
-    def direction(self, run: str, reference: str, claimed: float) -> str:
+    def direction(self, run: str, reference: str, claimed: float | None) -> str:
         """Whether our difference to the reference has the sign of the paper's (``claimed``, in any unit)."""
+        if claimed is None:
+            return "-"
         side = self.side(run, reference)
         if isinstance(side, str):
             return side
         if side * claimed == 0:
             return "undecided"
         return "agrees" if side * claimed > 0 else "disagrees"
-
-
-def no_verdict_diverged(lost: int) -> str:
-    """Where some seeds diverged, those that did not are no fair sample."""
-    return f"no verdict ({count(lost, 'seed')} diverged)"
 
 
 def _top1(results: Results) -> list[float]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from swconv.reporting import statistics
-from swconv.reporting.comparison import NO_VERDICT, Comparison, Control, Row, no_verdict_diverged
+from swconv.reporting.comparison import NO_VERDICT, Comparison, Control, Row
 from swconv.reporting.figures import Line, draw_lines
 from swconv.reporting.runs import Run
 from swconv.reporting.statistics import Interval
@@ -33,15 +33,12 @@ class ByDistance:
         In cells.
     accuracies : tuple of tuples of float, [distance][seed]
         In %.
-    diverged : int
-        Seeds that have no result.
     """
 
     label: str
     runs: tuple[Run, ...]
     distances: tuple[int, ...]
     accuracies: tuple[tuple[float, ...], ...]
-    diverged: int
 
     @property
     def slopes(self) -> list[float]:
@@ -58,12 +55,10 @@ class ByDistance:
 
     @property
     def shape(self) -> str:
-        """``flat``, ``falling``, ``rising``, ``undecided``, or why there is no verdict."""
+        """``flat``, ``falling``, ``rising``, ``undecided``, or `NO_VERDICT`."""
         slope = self.slope
         if not slope.decidable:
             return NO_VERDICT
-        if self.diverged:
-            return no_verdict_diverged(self.diverged)
         if slope.low >= -FLAT_MARGIN and slope.high <= FLAT_MARGIN:
             return "flat"
         return {1: "rising", -1: "falling", 0: "undecided"}[slope.sign]
@@ -81,7 +76,7 @@ def by_distance(comparison: Comparison, run: str, label: str) -> ByDistance | No
     if len(distances) < 2:
         return None
     accuracies = tuple(tuple(results.values(f"top1_distance_{distance}")) for distance in distances)
-    return ByDistance(label, results.finished, tuple(distances), accuracies, len(results.diverged))
+    return ByDistance(label, results.finished, tuple(distances), accuracies)
 
 
 def compared_lines(comparison: Comparison, rows: Sequence[Row], controls: Sequence[Control]) -> dict[str, ByDistance]:
@@ -149,16 +144,15 @@ def report(lines: Mapping[str, ByDistance], rows: Sequence[Row], controls: Seque
 
 def _claim(label: str, sw: ByDistance, control: ByDistance) -> str:
     shapes = (sw.shape, control.shape)
-    withheld = [shape for shape in shapes if shape.startswith("no verdict")]
-    if withheld:
-        verdict = withheld[0]
+    if NO_VERDICT in shapes:
+        verdict = NO_VERDICT
     elif shapes == ("flat", "falling"):
         verdict = "holds"
     else:
         verdict = "undecided" if "undecided" in shapes else "does not hold"
     gap = interval_text(statistics.welch_interval(sw.slopes, control.slopes), 1)
     sentences = [f"**{label} flat, control ({control.label}) falling: {verdict}.**"]
-    if not withheld:
+    if verdict != NO_VERDICT:
         sentences.append(f"{label} is {shapes[0]}, the control {shapes[1]}.")
     sentences.append(f"Their slopes differ by {gap} points {PER_CELL}.")
     sentences += [

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from swconv.atomic import write_atomic
 
 STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#CC79A7", "^"), ("#009E73", "D"), ("#E69F00", "v"), ("#56B4E9", "P"))
 LEVEL_STYLES = ((0, (5, 3)), (0, (1, 2)))  # of reference lines
@@ -66,5 +69,7 @@ def draw_lines(
         axes.spines[["top", "right"]].set_visible(False)
         figure.suptitle(title, fontsize=12)
         figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=10)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+        drawn = io.BytesIO()
+        kind = path.suffix[1:]
+        figure.savefig(drawn, format=kind, metadata={"Date": None} if kind == "svg" else None)
+    write_atomic(path, drawn.getvalue())

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,6 @@ class Results:
     path : str
         Of the metrics files, with ``*`` for the seed.
     finished : tuple of Run
-    diverged : mapping of seed to reason
     missing : tuple of int
         Seeds that are not there.
     command : str
@@ -52,7 +52,6 @@ class Results:
 
     path: str
     finished: tuple[Run, ...]
-    diverged: Mapping[int, str]
     missing: tuple[int, ...]
     command: str
 
@@ -77,6 +76,13 @@ class Evidence:
     seeds: tuple[int, ...]
     artifacts: Path = Path("artifacts")
 
+    @classmethod
+    def on_disk(cls, profile: str, runs: Iterable[str], artifacts: Path = Path("artifacts")) -> Evidence:
+        """All seeds that any of `runs` was evaluated with."""
+        found = [path for run in runs for path in (artifacts / profile / "evaluate" / run).glob("seed*/metrics.json")]
+        seeds = {int(match[1]) for path in found if (match := re.fullmatch(r"seed(\d+)", path.parent.name))}
+        return cls(profile, tuple(sorted(seeds)), artifacts)
+
     def read(self, run: str) -> Results:
         """Read exactly the named seeds of one run; what is absent is reported as absent, never raised.
 
@@ -85,21 +91,19 @@ class Evidence:
         ValueError
             If a file is there but cannot be trusted: not JSON, a value that is not a finite number.
         """
-        finished, diverged, missing = [], {}, []
+        finished, missing = [], []
         for seed in self.seeds:
             evaluated = self.artifacts / self.profile / "evaluate" / run / f"seed{seed}"
             trained = self.artifacts / self.profile / "train" / run / f"seed{seed}"
-            records = [_read(folder / "run.json") for folder in (trained, evaluated)]
-            if reasons := [record["failed"] for record in records if record and record.get("failed")]:
-                diverged[seed] = reasons[0]
-            elif (evaluated / "metrics.json").exists() and records[1] is not None:
-                finished.append(self._run(run, seed, evaluated, trained, records[0], records[1]))
+            training, evaluation = (_read(folder / "run.json") for folder in (trained, evaluated))
+            if (evaluated / "metrics.json").exists() and evaluation is not None:
+                finished.append(self._run(run, seed, evaluated, trained, training, evaluation))
             else:
                 missing.append(seed)
                 if (evaluated / "metrics.json").exists():
                     logger.warning("%s has no run.json beside it and is reported as not run.", evaluated)
         path = self._name(self.artifacts / self.profile / "evaluate" / run / "seed*" / "metrics.json")
-        return Results(path, tuple(finished), diverged, tuple(missing), self._remake(run, self.seeds))
+        return Results(path, tuple(finished), tuple(missing), self._remake(run, self.seeds))
 
     def _run(self, run: str, seed: int, evaluated: Path, trained: Path, training: dict | None, evaluation: dict) -> Run:
         path = evaluated / "metrics.json"
@@ -153,7 +157,7 @@ def _values(path: Path) -> dict[str, float]:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError(
                 f"{path}: {name} needs a finite number as its value, got {entry!r}. "
-                "A diverged run writes no metrics: delete the file and remake the run."
+                "Delete the file and remake the run."
             )
         values[name] = value
     return values

@@ -161,6 +161,6 @@ def _sample(values: Sequence[float]) -> np.ndarray:
     if sample.size == 0 or not np.isfinite(sample).all():
         raise ValueError(
             f"Statistics need at least one value and only finite ones, got {sample.tolist()}. "
-            "A diverged run has no result: leave it out and report it as diverged."
+            "Leave out the runs that have no result."
         )
     return sample

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from swconv.atomic import write_atomic
 from swconv.reporting.runs import Run
 from swconv.reporting.statistics import Interval
 
@@ -55,12 +57,12 @@ class Sheet:
 
     def write_csv(self, path: Path) -> None:
         """Write the cells, one line per row."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(self.columns)
-            for row in self.rows:
-                writer.writerow([_plain(row.get(column)) for column in self.columns])
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(self.columns)
+        for row in self.rows:
+            writer.writerow([_plain(row.get(column)) for column in self.columns])
+        write_atomic(path, text.getvalue().encode())
 
     def write_provenance(self, path: Path, command: str) -> None:
         """Write where every measured cell comes from.
@@ -91,17 +93,16 @@ class Sheet:
                         }
                     )
                     runs.update({run.path: run.circumstances for run in cell.runs})
-        path.parent.mkdir(parents=True, exist_ok=True)
         lines = [f"  {json.dumps(name)}: {json.dumps(runs[name])}" for name in sorted(runs)]
         entries = [f"  {json.dumps(cell)}" for cell in cells]
-        path.write_text(
+        text = (
             f'{{\n "command": {json.dumps(command)},\n "runs": {{\n'
             + ",\n".join(lines)
             + '\n },\n "cells": [\n'
             + ",\n".join(entries)
-            + "\n ]\n}\n",
-            encoding="utf-8",
+            + "\n ]\n}\n"
         )
+        write_atomic(path, text.encode())
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

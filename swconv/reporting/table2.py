@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from swconv.atomic import write_atomic
 from swconv.reporting import distance, statistics
 from swconv.reporting.circumstances import footnote, header_line
 from swconv.reporting.comparison import NO_VERDICT, Comparison, Control, Row
@@ -36,7 +37,8 @@ def build_table2(
     Parameters
     ----------
     rows : sequence of Row
-        In the paper's order; one of them is #3.
+        The paper's in its order, one of them #3, then any of ours; these have no number of the paper, hence no
+        direction and no part in the rank correlation.
     controls : sequence of Control
     proxy : Evidence
         The runs on the digit task (profile mini or smoke).
@@ -52,21 +54,19 @@ def build_table2(
     Raises
     ------
     ValueError
-        If a row has no number in the paper, #3 is missing, a control or a ``same_as`` names an unknown or untrained
-        row, or a metrics file holds something else than finite numbers.
+        If #3 or its number is missing, two rows have one label, a control or a ``same_as`` names an unknown or
+        untrained row, or a metrics file holds something else than finite numbers.
+    OSError
+        If a file cannot be written; each of the four is then the old one or the new one, never a part.
     """
-    claims = _claims(rows, paper)
     _check(rows, controls, [evidence for evidence in (proxy, imagenet) if evidence])
+    claims = _claims(rows, paper)
     small = Comparison(proxy, rows, controls)
     full = Comparison(imagenet, rows) if imagenet else None
     if full and not full.finished:
         full = None
     lines = distance.compared_lines(small, rows, controls)
-
-    distance.draw(lines, small.profile, out / FIGURE)
     sheet = _sheet(rows, controls, claims, small, full)
-    sheet.write_csv(out / "table2.csv")
-    sheet.write_provenance(out / "table2.provenance.json", command)
     columns = [column for column in (full, small) if column]
     blocks = [
         "# Table 2 of ShiftwiseConv: the roadmap, row by row",
@@ -87,7 +87,10 @@ def build_table2(
         _limits(rows, controls, claims, small),
         *_footnotes([*rows, *controls], columns),
     ]
-    (out / "table2.md").write_text("\n\n".join(blocks) + "\n", encoding="utf-8")
+    distance.draw(lines, small.profile, out / FIGURE)
+    sheet.write_csv(out / "table2.csv")
+    sheet.write_provenance(out / "table2.provenance.json", command)
+    write_atomic(out / "table2.md", ("\n\n".join(blocks) + "\n").encode())
 
 
 def _sheet(
@@ -101,13 +104,13 @@ def _sheet(
     lines: list[dict[str, Cell]] = []
     for row in rows:
         line: dict[str, Cell] = {"id": row.label, "run": row.run, "model": row.model}
-        line["paper_top1_pct"] = f"{claims[row.label]:.2f}"
+        line["paper_top1_pct"] = f"{claims[row.label]:.2f}" if row.label in claims else None
         if full:
             line |= _cells(full, row.run, reference.run, "imagenet")
             gap = _gap(full, row, claims)
             line |= interval_cells("imagenet_minus_paper_pct", gap, "%", full.of(row.run).finished)
         line |= _cells(small, row.run, reference.run, small.profile)
-        line["direction"] = small.direction(row.run, reference.run, claims[row.label] - claims[REFERENCE])
+        line["direction"] = small.direction(row.run, reference.run, _claimed(row, claims))
         lines.append(line)
     for control in controls:
         line = {"id": control.run, "run": control.run, "model": control.model}
@@ -141,32 +144,40 @@ def _cells(column: Comparison, run: str, reference: str, prefix: str) -> dict[st
     if distance.steps(column):
         name = f"{prefix}_slope_pct_per_{distance.CELL_PIXELS}px"
         cells |= interval_cells(name, line.slope if line else None, f"% {distance.PER_CELL}", own)
-    for stage in _stages(column):
-        alive = column.results[run].values(f"{ALIVE}{stage}") if run in column.results else []
-        cells[f"{prefix}_filters_alive_stage{stage}_pct"] = Measured(statistics.mean(alive), "%", own) if alive else None
+    for stage, share in _alive(column, run).items():
+        cells[f"{prefix}_filters_alive_stage{stage}_pct"] = None if share is None else Measured(share, "%", own)
     return cells
 
 
-def _stages(column: Comparison) -> list[int]:
-    """Stages of which some run counted the filters that live."""
-    names = {name for run in column.finished for name in run.values if name.startswith(ALIVE)}
-    return sorted(int(name.removeprefix(ALIVE)) for name in names)
+def _alive(column: Comparison, run: str) -> dict[int, float | None]:
+    """Share of a row's SW filters that are not zero, in %, mean over seeds, for every stage where any run has some."""
+    counted = {name for finished in column.finished for name in finished.values if name.startswith(ALIVE)}
+    shares = {}
+    for stage in sorted(int(name.removeprefix(ALIVE)) for name in counted):
+        values = column.results[run].values(f"{ALIVE}{stage}") if run in column.results else []
+        shares[stage] = statistics.mean(values) if values else None
+    return shares
 
 
 def _alive_section(rows: Sequence[Row], small: Comparison) -> list[str]:
-    """Where sparse training left filters: what a row's accuracy rests on."""
-    if not (stages := _stages(small)):
+    """Where sparse training left filters, for the rows that were trained: what their accuracy rests on."""
+    alive = {row.label: _alive(small, row.run) for row in rows}
+    measured = {label: shares for label, shares in alive.items() if any(share is not None for share in shares.values())}
+    if not measured:
         return []
-    lines = []
-    for row in rows:
-        shares = [small.of(row.run).values(f"{ALIVE}{stage}") for stage in stages]
-        lines.append([row.label, *(f"{statistics.mean(share):.1f}" if share else "-" for share in shares)])
+    stages = next(iter(measured.values()))
     return [
         "## Where the filters live",
-        "SW filters that are not zero after training, in %, mean over seeds. SNIP ranks the stages against each other; in a "
-        "network this small that can leave a stage without large kernels, and a mask that is empty never grows again. "
-        "Rows whose stages differ here differ in more than their name says.",
-        markdown_table(["id", *(f"stage {stage}" for stage in stages)], lines),
+        "SW filters that are not zero after training, in %, mean over seeds. SNIP ranks all stages together, so in a "
+        "network this small it can leave a stage with hardly any; a mask that starts empty never grows. Rows that "
+        "differ here differ in more than their name says.",
+        markdown_table(
+            ["id", *(f"stage {stage}" for stage in stages)],
+            [
+                [label, *("-" if share is None else f"{share:.1f}" for share in shares.values())]
+                for label, shares in measured.items()
+            ],
+        ),
     ]
 
 
@@ -178,7 +189,7 @@ def _main_table(rows: Sequence[Row], claims: Mapping[str, float], small: Compari
     header += [f"ours, top-1 % ({small.profile} task)", f"difference to {REFERENCE}, points (95 %)", "direction"]
     lines = []
     for row in rows:
-        line = [row.label, row.model, f"{claims[row.label]:.2f}"]
+        line = [row.label, row.model, f"{claims[row.label]:.2f}" if row.label in claims else "-"]
         if full:
             line += [full.text(row.run, 2), interval_text(_gap(full, row, claims), 2)]
         mark = f" [^{row.run}]" if row.run in small.results or (full and row.run in full.results) else ""
@@ -187,7 +198,7 @@ def _main_table(rows: Sequence[Row], claims: Mapping[str, float], small: Compari
             line += ["reference", "-"]
         else:
             line.append(interval_text(small.difference(row.run, reference.run), 1))
-            line.append(small.direction(row.run, reference.run, claims[row.label] - claims[REFERENCE]))
+            line.append(small.direction(row.run, reference.run, _claimed(row, claims)))
         lines.append(line)
     return markdown_table(header, lines)
 
@@ -195,22 +206,22 @@ def _main_table(rows: Sequence[Row], claims: Mapping[str, float], small: Compari
 def _tally(rows: Sequence[Row], claims: Mapping[str, float], small: Comparison) -> str:
     reference = _reference(rows)
     directions: Counter[str] = Counter()
-    compared = 0
     for row in rows:
-        if row is not reference:
-            direction = small.direction(row.run, reference.run, claims[row.label] - claims[REFERENCE])
-            if direction != "-":
-                compared += 1
-            elif small.top1(row.run):
-                direction = f"without {REFERENCE} to compare with"
-            else:
-                direction = small.state(row.run).partition(",")[0]
+        if row is not reference and row.label in claims:
+            direction = small.direction(row.run, reference.run, _claimed(row, claims))
+            if direction == "-":
+                measured = small.top1(row.run)
+                direction = (
+                    f"without {REFERENCE} to compare with" if measured else small.state(row.run).partition(",")[0]
+                )
             directions[direction] += 1
     listed = ", ".join(f"{number} {name}" for name, number in sorted(directions.items()))
+    differences = [small.difference(row.run, reference.run) for row in rows]
+    taken = sum(difference is not None and difference.low is not None for difference in differences)
     return (
-        f"Direction against {REFERENCE}, {len(rows) - 1} rows: {listed}. A difference is that of the means, with "
-        "Welch's t interval over seeds; its direction is undecided where the interval includes 0. The intervals are "
-        f"taken one by one: of {compared}, about {0.05 * compared:.1f} would exclude 0 by chance alone."
+        f"Direction against {REFERENCE}, {directions.total()} rows of the paper: {listed}. A difference is that of the "
+        "means, with Welch's t interval over seeds; its direction is undecided where the interval includes 0. The "
+        f"intervals are taken one by one: of {taken}, about {0.05 * taken:.1f} would exclude 0 by chance alone."
     )
 
 
@@ -233,15 +244,20 @@ def _control_table(controls: Sequence[Control], small: Comparison) -> str:
 def _ranks(
     rows: Sequence[Row], claims: Mapping[str, float], small: Comparison
 ) -> tuple[Interval, tuple[Run, ...]] | None:
-    present = [row for row in rows if small.top1(row.run)]
+    present = _ranked(rows, claims, small)
     interval = statistics.rank_correlation(
         [claims[row.label] for row in present], [small.top1(row.run) for row in present]
     )
     return (interval, tuple(run for row in present for run in small.of(row.run).finished)) if interval else None
 
 
+def _ranked(rows: Sequence[Row], claims: Mapping[str, float], small: Comparison) -> list[Row]:
+    """The rows that have a number of the paper and one of ours."""
+    return [row for row in rows if row.label in claims and small.top1(row.run)]
+
+
 def _ranks_text(rows: Sequence[Row], claims: Mapping[str, float], small: Comparison) -> str:
-    ranks = _ranks(rows, claims, small)
+    ranks, number = _ranks(rows, claims, small), len(_ranked(rows, claims, small))
     if ranks is None:
         return "No correlation: Spearman's rho needs at least three rows with different results."
     interval, _ = ranks
@@ -252,9 +268,8 @@ def _ranks_text(rows: Sequence[Row], claims: Mapping[str, float], small: Compari
     else:
         verdict = "the orders agree" if interval.sign > 0 else "the orders run against each other"
         verdict += ", beyond the noise of our seeds"
-    present = sum(bool(small.top1(row.run)) for row in rows)
     return (
-        f"Spearman's rho between the paper's column and ours over the {present} rows that were run: "
+        f"Spearman's rho between the paper's column and ours over the {number} rows that have both: "
         f"{interval_text(interval, 2)}: {verdict}. The interval (95 %) is a percentile bootstrap of the seeds within "
         f"each row ({DRAWS} draws from a fixed generator). With few seeds it is rather too narrow, and it knows "
         "nothing of the noise in the paper's numbers, one per row."
@@ -262,7 +277,7 @@ def _ranks_text(rows: Sequence[Row], claims: Mapping[str, float], small: Compari
 
 
 def _limits(rows: Sequence[Row], controls: Sequence[Control], claims: Mapping[str, float], small: Comparison) -> str:
-    values = [claims[row.label] for row in rows]
+    values = claims.values()
     points = [
         "It tests one thing: whether an operator joins places that lie far apart. The label is the class of the one "
         "digit on the marker's row or column. Rows and columns are what strips see best: the task suits SW by design.",
@@ -308,8 +323,13 @@ def _side_text(small: Comparison, control: Control) -> str:
     return {1: f"above {label}", -1: f"below {label}", 0: "undecided"}[side]
 
 
+def _claimed(row: Row, claims: Mapping[str, float]) -> float | None:
+    """The paper's difference to the reference row, in points; None for a row of ours."""
+    return claims[row.label] - claims[REFERENCE] if row.label in claims else None
+
+
 def _gap(full: Comparison, row: Row, claims: Mapping[str, float]) -> Interval | None:
-    values = full.top1(row.run)
+    values = full.top1(row.run) if row.label in claims else []
     return statistics.mean_interval([value - claims[row.label] for value in values]) if values else None
 
 
@@ -318,17 +338,20 @@ def _reference(rows: Sequence[Row]) -> Row:
 
 
 def _claims(rows: Sequence[Row], paper: Path) -> dict[str, float]:
+    """What the paper prints, in %, by label: of the rows that it has."""
     printed = read_claims(paper, CLAIM)
-    for row in rows:
-        if row.label not in printed:
-            raise ValueError(f"Row {row.run} needs a number of the paper, but {paper} has no id {row.label}.")
-    return {row.label: float(printed[row.label]) for row in rows}
+    if REFERENCE not in printed:
+        raise ValueError(f"Table 2 needs the paper's number of {REFERENCE}, but {paper} has no such id.")
+    return {row.label: float(printed[row.label]) for row in rows if row.label in printed}
 
 
 def _check(rows: Sequence[Row], controls: Sequence[Control], evidence: Sequence[Evidence]) -> None:
     runs = {row.run: row for row in rows}
-    if REFERENCE not in {row.label for row in rows}:
+    labels = Counter(row.label for row in rows)
+    if REFERENCE not in labels:
         raise ValueError(f"Table 2 needs row {REFERENCE}, which the differences are taken to; got {', '.join(runs)}.")
+    if twice := [label for label, number in labels.items() if number > 1]:
+        raise ValueError(f"Table 2 needs one label per row, got {', '.join(twice)} more than once. Rename all but one.")
     for row in rows:
         for profile in (item.profile for item in evidence):
             target = row.same_as.get(profile)

@@ -11,9 +11,9 @@ GRID = 6
 STEPS = ((0, 1), (0, -1), (1, 0), (-1, 0))
 
 
-def _line(label, *seeds, diverged=0):
+def _line(label, *seeds):
     runs = tuple(Run(f"seed{k}", k, {"top1": float(np.mean(values))}, {}) for k, values in enumerate(seeds))
-    return ByDistance(label, runs, (2, 3, 4, 5), tuple(zip(*seeds, strict=True)), diverged)
+    return ByDistance(label, runs, (2, 3, 4, 5), tuple(zip(*seeds, strict=True)))
 
 
 FLAT = _line("#3 SW", [90.0, 89, 91, 90], [88.0, 88, 88, 89], [91.0, 90, 90, 90])
@@ -33,7 +33,6 @@ def test_slopes_are_points_per_cell_of_each_seed():
         (FALLING, "falling"),
         (NOISY, "undecided"),
         (_line("x", [47.0, 63, 80, 84], [50.0, 62, 78, 85], [44.0, 65, 80, 83]), "rising"),
-        (_line("x", *zip(*FLAT.accuracies[:], strict=True), diverged=1), "no verdict (1 seed diverged)"),
         (_line("x", [90.0, 85, 80, 75], [90.0, 85, 80, 75]), "no verdict (n < 3)"),
     ],
 )

@@ -25,6 +25,11 @@ def test_other_numbers_give_another_svg(tmp_path):
     assert (tmp_path / "a" / "figure.svg").read_bytes() != (tmp_path / "b" / "figure.svg").read_bytes()
 
 
+def test_the_suffix_names_the_format(tmp_path):
+    draw_lines(LINES, LEVELS, "title", LABELS, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_no_lines_still_give_a_figure(tmp_path):
     draw_lines([], LEVELS, "title", LABELS, tmp_path / "figure.svg")
     assert "not run" in (tmp_path / "figure.svg").read_text()

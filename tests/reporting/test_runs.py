@@ -60,11 +60,15 @@ def test_only_the_named_seeds_are_read(tmp_path):
     assert _read(tmp_path, (0, 1, 2)).missing == (2,)
 
 
-def test_a_failed_training_is_diverged_even_beside_older_metrics(tmp_path):
-    _write(_folder(tmp_path, "train", 0), record={"failed": "loss is NaN at step 40"})
-    _write(_folder(tmp_path, "evaluate", 0), {"top1": {"value": 89.0, "unit": "%"}}, {"key": "old"})
-    results = _read(tmp_path)
-    assert (results.finished, results.diverged) == ((), {0: "loss is NaN at step 40"})
+def test_seeds_on_disk_are_those_that_any_of_the_runs_was_evaluated_with(tmp_path):
+    metrics = {"top1": {"value": 80.0, "unit": "%"}}
+    for run, seed in (("sw11", 2), ("sw03", 10), ("sw24", 5)):
+        _write(_folder(tmp_path, "evaluate", seed, run), metrics, {"key": "k"})
+    _write(_folder(tmp_path, "train", 3), metrics, {"key": "k"})
+    _write(_folder(tmp_path, "evaluate", 4), record={"key": "k"})
+    found = Evidence.on_disk("mini", ["sw03", "sw11"], tmp_path / "artifacts")
+    assert found.seeds == (2, 10)
+    assert Evidence.on_disk("paper", ["sw03"], tmp_path / "artifacts").seeds == ()
 
 
 def test_metrics_without_circumstances_count_as_not_run(tmp_path, caplog):

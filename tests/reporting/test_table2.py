@@ -1,12 +1,15 @@
 import csv
 import json
 import re
+import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from swconv.__main__ import main
 from swconv.reporting.comparison import Control, Row
 from swconv.reporting.runs import Evidence
 from swconv.reporting.table2 import build_table2
@@ -22,6 +25,7 @@ ROWS = [
     Row("sw13", "#13", "rep4 E2"),
     Row("sw17", "#17", "#16+gap=3", {"mini": "sw11", "smoke": None}),
 ]
+OURS = Row("mine", "mine", "two branches, one edge")
 CONTROLS = [
     Control("control_dw3_skip", "3x3 depthwise, with SW's skip and BN", of="sw03"),
     Control("control_dw3", "3x3 depthwise, plain", of="sw03"),
@@ -64,7 +68,7 @@ def _seed(root, run, seed, top1, by_distance=FLAT, profile="mini", **circumstanc
 
 @pytest.fixture
 def tree(tmp_path):
-    """#9 above #3, #10 below it, #11 not to be told apart, #12 with two seeds, #13 diverged, #17 equal to #11."""
+    """#9 above #3, #10 below it, #11 not to be told apart, #12 with two seeds, #13 not run, #17 equal to #11."""
     for run, values in {
         "sw03": (80.0, 81.0, 82.0),
         "sw09": (90.0, 91.0, 92.0),
@@ -76,10 +80,6 @@ def tree(tmp_path):
             _seed(tmp_path, run, seed, value)
     for seed, value in enumerate((60.0, 61.0, 62.0)):
         _seed(tmp_path, "control_dw3_skip", seed, value, FALL)
-    for seed in range(3):
-        folder = tmp_path / "artifacts" / "mini" / "train" / "sw13" / f"seed{seed}"
-        folder.mkdir(parents=True)
-        (folder / "run.json").write_text(json.dumps({"failed": "loss is NaN at step 7"}))
     return tmp_path
 
 
@@ -108,7 +108,7 @@ def _spreadsheet(root, out="reports"):
         ("#10", "71.0 ± 1.0 (n = 3)", "-10.0 [-12.3, -7.7]", "disagrees"),
         ("#11", "82.0 ± 7.0 (n = 3)", "+1.0 [-15.9, +17.9]", "undecided"),
         ("#12", "95.2 ± 0.4 (n = 2; 1 seed not run)", "+14.2 [+12.1, +16.4]", "no verdict (n < 3)"),
-        ("#13", "diverged", "-", "-"),
+        ("#13", "not run", "-", "-"),
         ("#17", "not expressible at mini scale, same as #11", "-", "-"),
     ],
 )
@@ -127,17 +127,33 @@ def test_rows_keep_the_papers_order_and_numbers(tree):
 
 def test_the_tally_counts_every_row_once(tree):
     assert (
-        "6 rows: 1 agrees, 1 disagrees, 1 diverged, 1 no verdict (n < 3), 1 not expressible at mini scale, 1 undecided"
+        "6 rows of the paper: 1 agrees, 1 disagrees, 1 no verdict (n < 3), 1 not expressible at mini scale, 1 not run, "
+        "1 undecided."
     ) in _build(tree)
 
 
-def test_a_seed_that_diverged_forbids_a_verdict(tree):
-    folder = tree / "artifacts" / "mini" / "train" / "sw09" / "seed3"
-    folder.mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps({"failed": "loss is NaN"}))
-    cells = _cells(_build(tree, seeds=(0, 1, 2, 3)), "#9")
-    assert cells[3] == "91.0 ± 1.0 (n = 3; 1 seed diverged)"
-    assert cells[5] == "no verdict (1 seed diverged)"
+def test_a_row_that_the_paper_does_not_have_is_compared_but_not_judged_or_ranked(tree):
+    before = _build(tree)
+    for seed, value in enumerate((90.0, 91.0, 92.0)):
+        _seed(tree, "mine", seed, value)
+    text = _build(tree, rows=[*ROWS, OURS])
+    assert _cells(text, "mine") == ["mine", OURS.model, "-", "91.0 ± 1.0 (n = 3)", "+10.0 [+7.7, +12.3]", "-"]
+    assert text.count("[^mine]") == 2                                # in its cell and as a footnote
+    own = _spreadsheet(tree)["mine"]
+    assert (own["paper_top1_pct"], own["mini_difference_pct"], own["direction"]) == ("", "10.0", "-")
+    for section in ("Rank correlation", "What this table can"):
+        assert text.split(f"## {section}")[1].split("##")[0].split("[^")[0] in before
+    tally = "6 rows of the paper: 1 agrees, 1 disagrees, 1 no verdict (n < 3), 1 not expressible at mini scale, 1 not run"
+    assert tally in before
+    assert tally in text
+    assert "one by one: of 4, about" in before
+    assert "one by one: of 5, about" in text
+
+
+def test_a_row_of_ours_has_no_gap_to_the_paper_on_imagenet(tree):
+    _seed(tree, "mine", 0, 81.5, profile="paper")
+    text = _build(tree, rows=[*ROWS, OURS], imagenet=Evidence("paper", (0,), tree / "artifacts"))
+    assert _cells(text, "mine")[2:5] == ["-", "81.50 (n = 1)", "-"]
 
 
 def test_controls_are_compared_with_their_row(tree):
@@ -189,14 +205,18 @@ def test_every_number_of_the_page_is_in_the_spreadsheet(tree):
         spread = f"{float(row['mini_top1_pct']):.1f} ± {float(row['mini_sd_pct']):.1f} (n = {row['mini_n']}"
         assert shown.startswith(spread)
     rho = float(sheet["all rows"]["mini_rank_correlation"])
-    assert f"over the 5 rows that were run: {rho:+.2f} [" in text
+    assert f"over the 5 rows that have both: {rho:+.2f} [" in text
 
 
 def test_filters_that_live_are_shown_by_stage(tree):
     section = _build(tree).split("## Where the filters live")[1]
     assert _cells(section, "#3") == ["#3", "3.0", "91.0"]
-    assert _cells(section, "#12") == ["#12", "-", "-"]
-    assert float(_spreadsheet(tree)["#3"]["mini_filters_alive_stage2_pct"]) == 91.0
+    shown = re.findall(r"^\| (#\d+) \| (.*?) \| (.*?) \|$", section, re.M)
+    sheet = _spreadsheet(tree)
+    columns = ("mini_filters_alive_stage1_pct", "mini_filters_alive_stage2_pct")
+    counted = [(label, *(row[column] for column in columns)) for label, row in sheet.items() if row[columns[0]]]
+    assert [label for label, *_ in shown] == ["#3", "#9", "#10", "#11"]  # #12 has no counts, #17 was not trained
+    assert shown == counted
 
 
 def test_footnotes_lead_to_runs_and_to_the_command_that_remakes_them(tree):
@@ -207,7 +227,7 @@ def test_footnotes_lead_to_runs_and_to_the_command_that_remakes_them(tree):
     keys = "seed 0 key `train-sw09-0`, seed 1 key `train-sw09-1`, seed 2 key `train-sw09-2`"
     assert f"`artifacts/mini/evaluate/sw09/seed*/metrics.json`: {keys}, commit `0123456789ab`, EPYC" in note
     assert "--force artifacts/mini/train/sw09/seed0/metrics.json artifacts/mini/train/sw09/seed1/metrics.json" in note
-    assert "seed 1 diverged (loss is NaN at step 7)" in text
+    assert "sw13/seed*/metrics.json`: seed 0 not run; seed 1 not run; seed 2 not run." in text
 
 
 def test_the_header_names_profile_seeds_machine_and_command(tree):
@@ -274,6 +294,66 @@ def test_imagenet_runs_get_their_own_columns_beside_the_mini_ones(tree):
     assert _spreadsheet(tree)["#9"]["imagenet_minus_paper_pct"] == "0.14"
 
 
+@pytest.fixture
+def project(tree, monkeypatch):
+    """The tree with params/ and the paper's numbers, as the verb sees the project; one ImageNet seed of #9."""
+    shutil.copytree(PAPER.parents[2] / "params", tree / "params")
+    shutil.copytree(PAPER.parent, tree / "reports" / "paper")
+    _seed(tree, "sw09", 0, 81.5, profile="paper")
+    monkeypatch.chdir(tree)
+    return tree
+
+
+def _report(project, profile, *seeds):
+    arguments = ["report", "table2", "--profile", profile, "--seeds", *map(str, seeds), "--out", "reports"]
+    assert main(arguments) == 0
+    return {path.name: path.read_bytes() for path in (project / "reports").rglob("table2*")}
+
+
+def test_either_profile_makes_the_same_report_from_the_same_runs(project):
+    of_mini = _report(project, "mini", 0, 1, 2)
+    text = of_mini["table2.md"].decode()
+    assert _cells(text, "#9")[3:6] == ["81.50 (n = 1)", "+0.14 (no interval)", "91.0 ± 1.0 (n = 3)"]
+    assert len(of_mini) == 4
+    assert _report(project, "paper", 0) == of_mini
+
+
+def test_the_other_profile_is_asked_for_the_same_seeds_where_it_has_none(project):
+    shutil.rmtree(project / "artifacts" / "mini")
+    text = _report(project, "paper", 1)["table2.md"].decode()
+    assert "`artifacts/mini/evaluate/sw03/seed*/metrics.json`: seed 1 not run. Remake: `snakemake --cores all --force " in text
+    assert "--force`" not in text
+
+
+def test_smoke_shows_smoke_alone(project):
+    _seed(project, "sw09", 0, 50.0, profile="smoke")
+    text = _report(project, "smoke", 0)["table2.md"].decode()
+    assert _cells(text, "#9")[3:5] == ["50.0 (n = 1)", "-"]
+
+
+def test_a_full_disk_is_told_and_leaves_the_old_report(tree):
+    """A limit on file size makes the system itself refuse the bytes, as a full disk does."""
+    _build(tree)
+    old = {path: path.read_bytes() for path in (tree / "reports").rglob("*") if path.is_file()}
+    _seed(tree, "control_dw3", 0, 25.0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"table2_distance.svg could not be written: File too large. Make room"):
+            _build(tree)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path: path.read_bytes() for path in (tree / "reports").rglob("*") if path.is_file()} == old
+
+
+@pytest.mark.parametrize("file", ["table2.md", "table2.csv", "table2.provenance.json", "figures/table2_distance.svg"])
+def test_every_file_that_cannot_be_written_is_named(tree, file):
+    (tree / "reports" / file).mkdir(parents=True)
+    with pytest.raises(OSError, match=f"{file} could not be written: Is a directory. Make room or give write permission"):
+        _build(tree)
+    assert not list(tree.rglob("*.part"))
+
+
 def test_nan_is_refused_with_a_sentence(tree):
     path = tree / "artifacts" / "mini" / "evaluate" / "sw09" / "seed1" / "metrics.json"
     path.write_text('{"top1": {"value": NaN, "unit": "%"}}')
@@ -285,7 +365,7 @@ def test_nan_is_refused_with_a_sentence(tree):
     ("rows", "controls", "sentence"),
     [
         (ROWS[1:], [], "needs row #3"),
-        ([ROWS[0], Row("sw99", "#99", "new")], [], "no id #99"),
+        ([*ROWS, Row("sw99", "#9", "new")], [], "one label per row, got #9 more than once"),
         ([ROWS[0], Row("sw09", "#9", "x", {"mini": "sw77"})], [], "sw77 is not trained"),
         (ROWS, [Control("control", "3x3", of="sw77")], "needs a row of this table"),
     ],

@@ -27,8 +27,10 @@ def data(args: argparse.Namespace) -> None:
 
 
 def train(args: argparse.Namespace) -> None:
+    from swconv import params
     from swconv.training import loop
 
+    params.load(PARAMS).check_trainable(args.run)
     record = _record(args, "swconv.training.loop")
     loop.train(record["config"], args.data, args.out, CHECKPOINTS / record["key"], record, args.log_every)
 

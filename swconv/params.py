@@ -1,7 +1,7 @@
 """Experiments as data: the YAML rows of params/, checked and resolved. No torch here.
 
-`load(Path("params"))` reads everything and checks every row in every map; `Params.resolve` gives a run's full configuration.
-Every fault is one sentence that names file, line, row and key, and the nearest known name.
+`load(Path("params"))` reads everything: each file is checked by itself, then every row in every map. `Params.resolve` gives a
+run's full configuration. Every fault is one sentence that names file, line, row and key, and the nearest known name.
 """
 
 import difflib
@@ -10,13 +10,15 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 Map = Literal["paper", "mini"]
 Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
 # Where data lies and how fast it is read do not change a result: left out of a run's identity.
 _CIRCUMSTANCES = ("root", "workers", "cache")
 
@@ -25,26 +27,44 @@ class ParamsError(ValueError):
     """A fault in params/, told in one sentence."""
 
 
+def _odd(value: int) -> int:
+    if value % 2 == 0:
+        raise PydanticCustomError("odd", "an odd number is needed")
+    return value
+
+
+Odd = Annotated[Count, AfterValidator(_odd)]
+
+
 class _Row(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    """Strict and frozen. What concerns several keys is a validator that raises a whole sentence."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class NetworkArgs(_Row):
     """Arguments that all our networks take. Kernel sizes and dims in pixels and channels, one entry per stage."""
 
-    depths: tuple[int, ...]
-    dims: tuple[int, ...]
-    width_factor: float
-    kernel_sizes: tuple[int | tuple[int, ...], ...]
-    small_kernel: int
+    depths: tuple[Count, ...]
+    dims: tuple[Count, ...]
+    width_factor: Annotated[float, Field(gt=0)]
+    kernel_sizes: tuple[Odd | Annotated[tuple[Odd, ...], Field(min_length=1)], ...]
+    small_kernel: Annotated[Odd, Field(ge=3)]
     layer_scale_init: float
+
+    @model_validator(mode="after")
+    def _stages(self) -> Self:
+        counts = {key: len(getattr(self, key)) for key in ("depths", "dims", "kernel_sizes")}
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"depths, dims and kernel_sizes need one entry per stage, got {counts}")
+        return self
 
 
 class ShiftwiseArgs(NetworkArgs):
     """`swconv.models.sw.shiftwise_net`."""
 
-    rep_branches: Annotated[int, Field(ge=1)]
-    edges: Annotated[int, Field(ge=1)]
+    rep_branches: Count
+    edges: Count
     ghost_ratio: Annotated[float, Field(ge=0, lt=1)]
     use_se: bool
     padding: Literal["full", "half"]
@@ -52,6 +72,12 @@ class ShiftwiseArgs(NetworkArgs):
     skip: bool
     order: Literal["shuffled", "reversed", "shuffle_v"]
     depthwise_norm_skip: bool
+
+    @model_validator(mode="after")
+    def _edges(self) -> Self:
+        if self.order != "shuffled" and self.edges != 1:
+            raise ValueError(f"order {self.order} is defined for edges: 1, got {self.edges}; order shuffled takes any number")
+        return self
 
 
 class SlakArgs(NetworkArgs):
@@ -63,6 +89,7 @@ class SlakArgs(NetworkArgs):
 
 
 ARGS: dict[str, type[NetworkArgs]] = {"slak_tiny": SlakArgs, "sw_slak_tiny": ShiftwiseArgs, "sw_tiny": ShiftwiseArgs}
+PLANNED = ("slak_tiny",)  # networks that rows describe and swconv.models does not have yet
 
 
 class Sparsity(_Row):
@@ -72,9 +99,9 @@ class Sparsity(_Row):
     granularity: Literal["filter", "element"]
     others: Literal["none", "pointwise", "body", "all"]
     scores: Literal["sum", "concat"]
-    update_every: Annotated[int, Field(ge=1)]
+    update_every: Count
     prune_rate: Annotated[float, Field(ge=0, lt=1)]
-    share_every: Annotated[int, Field(ge=1)]
+    share_every: Count
     subset: bool
     growth: Literal["bernoulli", "exact"]
 
@@ -82,8 +109,8 @@ class Sparsity(_Row):
 class Recipe(_Row):
     """A training recipe. The learning rate is for `batch_size` images per step."""
 
-    epochs: Annotated[int, Field(ge=1)]
-    batch_size: Annotated[int, Field(ge=1)]
+    epochs: Count
+    batch_size: Count
     lr: Annotated[float, Field(gt=0)]
     min_lr: Annotated[float, Field(ge=0)]
     warmup_epochs: Annotated[float, Field(ge=0)]
@@ -100,8 +127,16 @@ class Recipe(_Row):
     random_erasing: Share
     random_resized_crop: bool
     hflip: Share
-    evaluate_every: Annotated[int, Field(ge=1)]
+    evaluate_every: Count
     sparsity: Sparsity | None
+
+    @model_validator(mode="after")
+    def _sense(self) -> Self:
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs must be below epochs, got {self.warmup_epochs:g} of {self.epochs}")
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise ValueError(f"mixup and cutmix pair the images of a batch: batch_size must be even, got {self.batch_size}")
+        return self
 
 
 class Dataset(_Row):
@@ -109,32 +144,44 @@ class Dataset(_Row):
 
     name: str
     root: str | None = None
-    train_images: int | None = None
-    val_images: int | None = None
-    image_size: int
+    train_images: Count | None = None
+    val_images: Count | None = None
+    image_size: Count
     in_chans: Literal[1, 3]
-    num_classes: int
+    num_classes: Count
     mean: tuple[float, ...]
-    std: tuple[float, ...]
-    crop_pct: float
+    std: tuple[Annotated[float, Field(gt=0)], ...]
+    crop_pct: Annotated[float, Field(gt=0)]
     interpolation: Literal["bicubic", "bilinear"]
     cache: bool
     workers: Annotated[int, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def _sense(self) -> Self:
+        needed = ("train_images", "val_images") if self.name == "digits" else ("root",)
+        if missing := [key for key in needed if getattr(self, key) is None]:
+            raise ValueError(f"{self.name} needs {' and '.join(needed)}, got no {' and no '.join(missing)}")
+        if not len(self.mean) == len(self.std) == self.in_chans:
+            raise ValueError(
+                f"mean and std need one entry per channel (in_chans: {self.in_chans}), got {len(self.mean)} and {len(self.std)}"
+            )
+        return self
 
 
 class Machine(_Row):
     """What bitwise equality depends on: part of a run's identity. BatchNorm sees `micro_batch` images at a time."""
 
     device: Literal["cpu", "cuda"]
-    threads: Annotated[int, Field(ge=1)]
+    threads: Count
     memory_format: Literal["contiguous", "channels_last"]
     amp: Literal["bfloat16"] | None
-    micro_batch: Annotated[int, Field(ge=1)] | None
+    micro_batch: Count | None
 
 
 class Profile(_Row):
     """A scale: which map of runs.yaml, where its reports go, which data and machine, what stands for models and recipes."""
 
+    parent: str | None = Field(None, alias="from")
     map: Map
     reports: str
     dataset: Dataset
@@ -183,6 +230,13 @@ class Report(_Row):
     rows: tuple[str, ...]
     controls: tuple[str, ...] = ()
 
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        rows = [*self.rows, *self.controls]
+        if twice := [run for run in dict.fromkeys(rows) if rows.count(run) > 1]:
+            raise ValueError(f"a run stands once in a report, got {', '.join(twice)} more than once")
+        return self
+
 
 class Active(_Row):
     """What both engines make when nothing else is asked for."""
@@ -197,6 +251,17 @@ class _Model(_Row):
     args: dict[str, Any]
 
 
+class _RecipeRow(Recipe):
+    parent: str | None = Field(None, alias="from")
+
+
+class _Rows(_Row):
+    """runs.yaml as a whole."""
+
+    reports: dict[str, dict[str, Any]] = Field(min_length=1)
+    runs: dict[str, dict[str, Any]] = Field(min_length=1)
+
+
 class Params:
     """All of params/, checked.
 
@@ -209,23 +274,15 @@ class Params:
     """
 
     def __init__(self, folder: Path) -> None:
-        files = {name: _File(folder / f"{name}.yaml") for name in ("models", "recipes", "runs", "active")}
-        self._runs_file, self._resolved = files["runs"], {}
-        self.active = files["active"].check(Active, ())
-        self._models = {name: files["models"].check(_Model, (name,)) for name in files["models"].data}
-        self._recipes = _inherit(files["recipes"])
-        files["runs"].check_keys(("reports", "runs"), ())
-        self.runs = {run: files["runs"].check(Run, ("runs", run)) for run in files["runs"].data["runs"]}
-        self.reports = {name: files["runs"].check(Report, ("reports", name)) for name in files["runs"].data["reports"]}
-        self.profiles = _profiles(folder / "profiles")
-        if self.active.profile not in self.profiles:
-            raise files["active"].fault(("profile",), _unknown("profile", self.active.profile, self.profiles))
-        if self.active.reports_folder != (folder := self.profiles[self.active.profile].reports):
-            raise files["active"].fault(("reports_folder",), f"profile {self.active.profile} needs reports_folder: {folder}")
-        seeds = self.active.seeds
-        if len(set(seeds)) < len(seeds):
-            raise files["active"].fault(("seeds",), f"seeds must differ from each other, got {list(seeds)}")
+        self._runs_file, self._resolved = _File(folder / "runs.yaml"), {}
+        self._models = _models(_File(folder / "models.yaml", "model"))
+        self._recipes = _recipes(_File(folder / "recipes.yaml", "recipe"))
+        self.profiles = _profiles(folder / "profiles", self._models, self._recipes)
+        self._runs_file.check(_Rows)
+        self.runs = {run: self._runs_file.check(Run, ("runs", run)) for run in self._runs_file.data["runs"]}
+        self.reports = {name: self._runs_file.check(Report, ("reports", name)) for name in self._runs_file.data["reports"]}
         self._check_references()
+        self.active = self._active(_File(folder / "active.yaml"))
         for profile in self.profiles:
             for run in self.runs:
                 self.resolve(run, profile)
@@ -238,32 +295,28 @@ class Params:
         ParamsError
             For an unknown run or profile, or a configuration that does not check.
         """
-        if run not in self.runs:
-            raise ParamsError(f"{self._runs_file.path}: {_unknown('run', run, self.runs)}.")
+        self.run(run)
         self.profile(profile)
         if (run, profile) not in self._resolved:
             self._resolved[run, profile] = self._resolve(run, profile)
         return json.loads(self._resolved[run, profile])
 
     def _resolve(self, run: str, profile: str) -> str:
-        scale = self.profiles[profile]
-        line = self._ancestry(run)
-        model = next(row.uses.model for row in reversed(line) if row.uses.model)
-        recipe = next(row.uses.recipe for row in reversed(line) if row.uses.recipe)
+        scale, line = self.profiles[profile], self._ancestry(run)
+        model, recipe = self._used(run, "model"), self._used(run, "recipe")
         args = _merge(self._models[model].args, scale.models.get(model, {}))
         training = _merge(self._recipes[recipe], scale.recipes.get(recipe, {}))
         for row in line:
             changes = getattr(row, scale.map)
             args = _merge(_merge(args, row.model), changes.model)
             training = _merge(_merge(training, row.recipe), changes.recipe)
-        name = self._models[model].name
+        name, check = self._models[model].name, self._runs_file.check
         checked = {
-            "model": {"name": name, "args": self._checked(ARGS[name], args, run, "model").model_dump(mode="json")},
-            "recipe": self._checked(Recipe, training, run, "recipe").model_dump(mode="json"),
+            "model": {"name": name, "args": check(ARGS[name], ("runs", run, "model"), args).model_dump(mode="json")},
+            "recipe": check(Recipe, ("runs", run, "recipe"), training).model_dump(mode="json"),
             "dataset": scale.dataset.model_dump(mode="json", exclude_none=True),
             "machine": scale.machine.model_dump(mode="json"),
         }
-        self._check_sense(run, checked["model"]["args"], checked["recipe"])
         return json.dumps(checked, sort_keys=True)
 
     def identity(self, run: str, profile: str) -> str:
@@ -271,6 +324,12 @@ class Params:
         row = self.resolve(run, profile)
         row["dataset"] = {key: value for key, value in row["dataset"].items() if key not in _CIRCUMSTANCES}
         return json.dumps(row, sort_keys=True)
+
+    def run(self, name: str) -> Run:
+        """A run by name; ParamsError with the nearest name if it is unknown."""
+        if name not in self.runs:
+            raise ParamsError(f"{self._runs_file.path}: {_unknown('run', name, self.runs)}.")
+        return self.runs[name]
 
     def profile(self, name: str) -> Profile:
         """A profile by name; ParamsError with the nearest name if it is unknown."""
@@ -307,6 +366,14 @@ class Params:
         runs = list(runs)
         return [run for run in runs if self.same_as(run, profile, runs) is None]
 
+    def check_trainable(self, run: str) -> None:
+        """Stop before any work when a row is not trained: it takes the weights of another, or its network is not here yet."""
+        at = ("runs", run)
+        if weights := self.run(run).same_weights:
+            raise self._runs_file.fault(at, f"run {run} is evaluated with the weights of {weights}, not trained")
+        if (name := self._models[self._used(run, "model")].name) in PLANNED:
+            raise self._runs_file.fault(at, f"run {run} needs the network {name}, which swconv.models does not have yet")
+
     def check_data(self, profile: str) -> None:
         """Stop before any work when the profile's dataset is a folder of the user that is not there."""
         dataset = self.profiles[profile].dataset
@@ -329,6 +396,20 @@ class Params:
             line.insert(0, parent)
         return [self.runs[name] for name in line]
 
+    def _used(self, run: str, part: Literal["model", "recipe"]) -> str:
+        """The nearest name that the row or its ancestors give under `uses`."""
+        return next(name for row in reversed(self._ancestry(run)) if (name := getattr(row.uses, part)))
+
+    def _active(self, file: "_File") -> Active:
+        active = file.check(Active)
+        if active.profile not in self.profiles:
+            raise file.fault(("profile",), _unknown("profile", active.profile, self.profiles))
+        if active.reports_folder != (folder := self.profiles[active.profile].reports):
+            raise file.fault(("reports_folder",), f"profile {active.profile} needs reports_folder: {folder}")
+        if len(set(active.seeds)) < len(active.seeds):
+            raise file.fault(("seeds",), f"seeds must differ from each other, got {list(active.seeds)}")
+        return active
+
     def _check_references(self) -> None:
         file = self._runs_file
         for name, run in self.runs.items():
@@ -344,42 +425,15 @@ class Params:
                 if run.parent is None and value is None:
                     raise file.fault(at, f"run {name} needs `from: <run>` or `uses: {{model: ..., recipe: ...}}`")
         for name, run in self.runs.items():
-            fields = ARGS[self._models[next(r.uses.model for r in reversed(self._ancestry(name)) if r.uses.model)].name]
-            for part, where in ((run, ()), (run.paper, ("paper",)), (run.mini, ("mini",))):
-                file.check_keys(fields.model_fields, ("runs", name, *where, "model"), part.model)
-                file.check_keys(Recipe.model_fields, ("runs", name, *where, "recipe"), part.recipe)
-                sparsity = part.recipe.get("sparsity") or {}
-                if isinstance(sparsity, Mapping):
-                    file.check_keys(Sparsity.model_fields, ("runs", name, *where, "recipe", "sparsity"), sparsity)
+            args = ARGS[self._models[self._used(name, "model")].name]
+            for part, at in ((run, ("runs", name)), (run.paper, ("runs", name, "paper")), (run.mini, ("runs", name, "mini"))):
+                file.check(args, (*at, "model"), part.model, partial=True)
+                file.check(Recipe, (*at, "recipe"), part.recipe, partial=True)
         for report, rows in self.reports.items():
             for key in ("rows", "controls"):
                 for value in getattr(rows, key):
                     if value not in self.runs:
                         raise file.fault(("reports", report, key), f"report {report}: {_unknown('run', value, self.runs)}")
-
-    def _checked(self, schema: type[_Row], data: Any, run: str, part: str) -> _Row:
-        try:
-            return schema.model_validate_json(json.dumps(data))
-        except ValidationError as error:
-            first = error.errors()[0]
-            at = [str(step) for step in first["loc"] if isinstance(step, str) and not step.startswith(("function", "tuple"))]
-            where = next((path for path in (("runs", run, *tail, part, *at) for tail in ((), ("paper",), ("mini",)))
-                          if self._runs_file.line(path)), ("runs", run))
-            raise self._runs_file.fault(
-                where, f"run {run}, {'.'.join([part, *at])}: {_lower(first['msg'])}, got {_short(first['input'])}"
-            ) from None
-
-    def _check_sense(self, run: str, args: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:
-        counts = {key: len(args[key]) for key in ("depths", "dims", "kernel_sizes")}
-        if len(set(counts.values())) > 1:
-            raise self._runs_file.fault(
-                ("runs", run), f"run {run}: depths, dims and kernel_sizes need one entry per stage, got {counts}"
-            )
-        if recipe["warmup_epochs"] >= recipe["epochs"]:
-            raise self._runs_file.fault(
-                ("runs", run),
-                f"run {run}: warmup_epochs must be below epochs, got {recipe['warmup_epochs']} of {recipe['epochs']}",
-            )
 
 
 def load(folder: Path = Path("params")) -> Params:
@@ -407,107 +461,151 @@ def key(identity: str, data_sha256: str, code: str, seed: int, init: str | None 
 
 
 class _File:
-    """A YAML file that knows the line of every key and refuses duplicates."""
+    """A YAML file of text, numbers, lists and mappings with distinct names, that knows the line of every key.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    `kind` says what its first level of names stands for; in runs.yaml it is the second.
+    """
+
+    def __init__(self, path: Path, kind: str = "") -> None:
+        self.path, self._kind = path, kind
         try:
-            text = path.read_text()
-            self._node = yaml.compose(text, Loader=_Loader)
-            self.data = yaml.load(text, Loader=_Loader)
+            self._node = yaml.compose(path.read_text(encoding="utf-8"), Loader=_Loader)
+            if not isinstance(self._node, yaml.MappingNode):
+                raise ParamsError(f"{path}: a mapping of names is needed, got {_shown(self._node)}.")
+            self._check_node(self._node)
+            self.data = yaml.constructor.SafeConstructor().construct_document(self._node)
         except FileNotFoundError:
             raise ParamsError(f"{path} is missing. Restore it: git checkout -- {path}.") from None
+        except OSError as error:
+            raise ParamsError(f"{path} cannot be read: {error.strerror}.") from None
+        except UnicodeDecodeError as error:
+            line = error.object[: error.start].count(b"\n") + 1
+            raise ParamsError(f"{path}:{line}: text in UTF-8 is needed, got the byte {error.object[error.start]:#x}.") from None
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
-            line = f":{mark.line + 1}" if mark else ""
-            raise ParamsError(f"{path}{line}: not readable as YAML: {getattr(error, 'problem', None) or error}.") from None
-        if not isinstance(self.data, dict):
-            raise ParamsError(f"{path}: a mapping of names is needed, got {_short(self.data)}.")
+            line, problem = f":{mark.line + 1}" if mark else "", getattr(error, "problem", None) or str(error)
+            raise ParamsError(f"{path}{line}: not readable as YAML: {' '.join(problem.split())}.") from None
 
     def fault(self, at: tuple[str, ...], sentence: str) -> ParamsError:
-        found = next((line for cut in range(len(at), 0, -1) if (line := self.line(at[:cut]))), None)
-        return ParamsError(f"{self.path}{f':{found}' if found else ''}: {sentence}.")
-
-    def line(self, at: tuple[str, ...]) -> int | None:
-        node, line = self._node, None
+        """The error to raise for a fault at a place, with the line of its innermost key that stands in the file."""
+        node, line = self._node, ""
         for step in at:
-            if not isinstance(node, yaml.MappingNode):
-                return None
-            match = next(((k, v) for k, v in node.value if k.value == step), None)
-            if match is None:
-                return None
-            line, node = match[0].start_mark.line + 1, match[1]
-        return line
+            pairs = {name.value: (name, value) for name, value in node.value} if isinstance(node, yaml.MappingNode) else {}
+            if step not in pairs:
+                break
+            line, node = f":{pairs[step][0].start_mark.line + 1}", pairs[step][1]
+        return ParamsError(f"{self.path}{line}: {sentence}.")
 
-    def check_keys(self, known: Iterable[str], at: tuple[str, ...], data: Any = None) -> None:
-        known = list(known)
-        row = f"run {at[1]}, " if at[:1] == ("runs",) else ""
-        for name in self.data if data is None else data:
-            if name not in known:
-                raise self.fault((*at, name), f"{row}{_unknown('key', '.'.join((*at[2:], name)), known, name)}")
-
-    def check(self, schema: type[_Row], at: tuple[str, ...], data: Any = None) -> Any:
+    def check(self, schema: type[_Row], at: tuple[str, ...] = (), data: Any = None, partial: bool = False) -> Any:
+        """`data`, or else what stands at `at`, as a row of `schema`. `partial`: a change to a row, so keys may be missing."""
         if data is None:
             data = functools.reduce(lambda part, step: part[step], at, self.data)
-        title = " ".join(("run" if step == "runs" else step) for step in at)
-        if not isinstance(data, dict):
-            raise self.fault(at, f"{title} needs a mapping, got {_short(data)}")
-        names = [field.alias or name for name, field in schema.model_fields.items()]
-        for name in data:
-            if name not in names:
-                raise self.fault((*at, name), f"{title}{': ' if title else ''}{_unknown('key', name, names)}")
         try:
             return schema.model_validate_json(json.dumps(data))
         except ValidationError as error:
-            first = error.errors()[0]
-            steps = tuple(str(step) for step in first["loc"])
-            names = f"{title}, {'.'.join(steps)}" if title else ".".join(steps)
-            if first["type"] == "missing":
-                raise self.fault(at, f"{title}: key {'.'.join(steps)} is missing") from None
-            raise self.fault((*at, *steps), f"{names}: {_lower(first['msg'])}, got {_short(first['input'])}") from None
+            faults = [fault for fault in error.errors() if not (partial and fault["type"] == "missing")]
+        if not faults:
+            return None
+        # A misspelt key rather than the missing one, and in a union the branch that was meant: the one that goes deepest.
+        first = min(faults, key=lambda fault: (fault["type"] != "extra_forbidden", -len(_steps(data, fault))))
+        steps = _steps(data, first)
+        row, key = self._row((*at, *steps))
+        match first["type"]:
+            case "extra_forbidden":
+                said = _joined(row, _unknown("key", key, _keys(schema, steps[:-1]), steps[-1]))
+            case "missing":
+                said = _joined(row, f"key {key} is missing")
+            case "value_error":
+                said = f"{_joined(row, key)}: {first['ctx']['error']}"
+            case "dict_type" | "model_type":
+                said = f"{_joined(row, key)}: a mapping is needed, got {_short(first['input'])}"
+            case _:
+                said = f"{_joined(row, key)}: {first['msg'][:1].lower()}{first['msg'][1:]}, got {_short(first['input'])}"
+        raise self.fault((*at, *steps), said)
+
+    def _row(self, at: tuple[str, ...]) -> tuple[str, str]:
+        """A place in words: the row, and the key within it."""
+        if self._kind and at:
+            return f"{self._kind} {at[0]}", ".".join(at[1:])
+        if at[:1] in (("runs",), ("reports",)) and len(at) > 1:
+            return f"{at[0].removesuffix('s')} {at[1]}", ".".join(at[2:])
+        return "", ".".join(at)
+
+    def _check_node(self, node: yaml.Node, above: tuple[yaml.Node, ...] = ()) -> None:
+        """Only what JSON has too, and every name once: YAML also knows dates, sets, names that are numbers, loops."""
+        here = f"{self.path}:{node.start_mark.line + 1}"
+        if (tag := node.tag.removeprefix(_TAG)) not in _TAGS:
+            raise ParamsError(f"{here}: text, a number, a list or a mapping is needed, got {_shown(node)} ({tag}); quote text.")
+        if node in above:
+            raise ParamsError(f"{here}: text, a number, a list or a mapping is needed, got one that holds itself.")
+        if isinstance(node, yaml.SequenceNode):
+            for item in node.value:
+                self._check_node(item, (*above, node))
+        elif isinstance(node, yaml.MappingNode):
+            seen: dict[str, int] = {}
+            for name, value in node.value:
+                line = name.start_mark.line + 1
+                if name.tag.removeprefix(_TAG) not in ("str", "merge"):
+                    raise ParamsError(f"{self.path}:{line}: a name needs to be text, got {_shown(name)}; quote it.")
+                if name.value in seen and name.value != "<<":
+                    first = f"first in line {seen[name.value]}"
+                    raise ParamsError(f"{self.path}:{line}: not readable as YAML: {name.value} stands twice, {first}.")
+                seen[name.value] = line
+                self._check_node(value, (*above, node))
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-    """Safe YAML that refuses duplicate keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = {}
-        for name, _ in node.value:
-            if name.value in seen and name.value != "<<":
-                raise yaml.constructor.ConstructorError(
-                    problem=f"{name.value} stands twice, first in line {seen[name.value]}", problem_mark=name.start_mark
-                )
-            seen[name.value] = name.start_mark.line + 1
-        return super().construct_mapping(node, deep)
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_TAG = "tag:yaml.org,2002:"
+_TAGS = ("str", "int", "float", "bool", "null", "seq", "map")
 
 
-def _inherit(file: _File) -> dict[str, dict[str, Any]]:
+def _models(file: _File) -> dict[str, _Model]:
+    models = {name: file.check(_Model, (name,)) for name in file.data}
+    for name, model in models.items():
+        if model.name not in ARGS:
+            raise file.fault((name, "name"), f"model {name}: {_unknown('network', model.name, ARGS)}")
+        file.check(ARGS[model.name], (name, "args"))
+    return models
+
+
+def _recipes(file: _File) -> dict[str, dict[str, Any]]:
     """Recipes with what they take `from` another."""
     done: dict[str, dict[str, Any]] = {}
     for name, row in file.data.items():
-        parent = row.get("from")
-        if parent is not None and parent not in done:
-            raise file.fault((name, "from"), f"recipe {name}: {_unknown('recipe above it', parent, done)}")
-        file.check_keys(["from", *Recipe.model_fields], (name,), row)
-        own = {key: value for key, value in row.items() if key != "from"}
-        done[name] = _merge(done[parent] if parent else {}, own)
-        file.check(Recipe, (name,), done[name])
+        recipe = _inherit(file, (name,), row, done, f"recipe {name}: ", "recipe above it")
+        file.check(_RecipeRow, (name,), recipe)
+        done[name] = {key: value for key, value in recipe.items() if key != "from"}
     return done
 
 
-def _profiles(folder: Path) -> dict[str, Profile]:
+def _profiles(folder: Path, models: Mapping[str, _Model], recipes: Mapping[str, dict[str, Any]]) -> dict[str, Profile]:
+    """Profiles with what they take `from` another; what they lay over models and recipes is checked in their own file."""
     files = {path.stem: _File(path) for path in sorted(folder.glob("*.yaml"))}
     if not files:
         raise ParamsError(f"{folder}/ holds no profile. Restore it: git checkout -- {folder}.")
+    whole = {name: file.data for name, file in files.items() if "from" not in file.data}
     profiles = {}
-    for name, file in files.items():
-        data = dict(file.data)
-        if (parent := data.pop("from", None)) is not None:
-            if parent not in files:
-                raise file.fault(("from",), _unknown("profile", parent, files))
-            data = _merge(files[parent].data, data)
-        profiles[name] = file.check(Profile, (), data)
+    for name in sorted(files, key=lambda name: name not in whole):  # a profile before those that are from it
+        file = files[name]
+        profiles[name] = profile = file.check(Profile, (), _inherit(file, (), file.data, whole, "", "profile without `from`,"))
+        for key, overlays, known in (("model", profile.models, models), ("recipe", profile.recipes, recipes)):
+            for other in overlays:
+                if other not in known:
+                    raise file.fault((f"{key}s", other), _unknown(key, other, known))
+        for model, args in profile.models.items():
+            file.check(ARGS[models[model].name], ("models", model), _merge(models[model].args, args))
+        for recipe, change in profile.recipes.items():
+            file.check(Recipe, ("recipes", recipe), _merge(recipes[recipe], change))
     return profiles
+
+
+def _inherit(file: _File, at: tuple[str, ...], row: Any, known: Mapping[str, Any], who: str, kind: str) -> Any:
+    """A row laid over the one that it is `from`, if any."""
+    if not isinstance(row, Mapping) or "from" not in row:
+        return row
+    if (parent := row["from"]) not in list(known):
+        raise file.fault((*at, "from"), f"{who}{_unknown(kind, parent, known)}")
+    return _merge(known[parent], row)
 
 
 def _merge(base: Any, change: Any) -> Any:
@@ -517,14 +615,40 @@ def _merge(base: Any, change: Any) -> Any:
     return change
 
 
-def _unknown(kind: str, shown: str, known: Iterable[str], name: str | None = None) -> str:
-    known = list(known)
-    near = difflib.get_close_matches(name or shown, known, n=1, cutoff=0)
+def _steps(data: Any, fault: Mapping[str, Any]) -> tuple[str, ...]:
+    """Where in the data a fault lies: pydantic's steps without those that name a branch of a union or a validator."""
+    steps = []
+    for step in fault["loc"]:
+        inside = data if isinstance(data, dict) else range(len(data)) if isinstance(data, list) else ()
+        if step in inside:
+            data = data[step]
+        elif fault["type"] != "missing":
+            continue
+        steps.append(str(step))
+    return tuple(steps)
+
+
+def _keys(schema: type[_Row], steps: Iterable[str]) -> list[str]:
+    """Names of the keys that a schema has at a place."""
+    for step in steps:
+        kind = schema.model_fields[step].annotation
+        schema = next(part for part in (kind, *get_args(kind)) if isinstance(part, type) and issubclass(part, _Row))
+    return [field.alias or name for name, field in schema.model_fields.items()]
+
+
+def _unknown(kind: str, shown: Any, known: Iterable[str], name: str | None = None) -> str:
+    near = difflib.get_close_matches(name or str(shown), list(known), n=1, cutoff=0)
     return f"unknown {kind} {shown}" + (f"; the nearest known name is {near[0]}" if near else "")
 
 
-def _lower(message: str) -> str:
-    return message[:1].lower() + message[1:]
+def _joined(*words: str) -> str:
+    return ", ".join(filter(None, words))
+
+
+def _shown(node: yaml.Node | None) -> str:
+    if isinstance(node, yaml.ScalarNode):
+        return _short(node.value)
+    return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping" if node else "nothing"
 
 
 def _short(value: Any) -> str:

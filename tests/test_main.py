@@ -57,6 +57,7 @@ def one_sentence(capsys, *arguments: str) -> str:
 
 @pytest.mark.parametrize(("arguments", "sentence"), [
     (["train", "sw99", "--profile", "smoke", *REST], "unknown run sw99; the nearest known name is"),
+    (["train", "sw01_infer", "--profile", "smoke", *REST], "sw00"),
     (["train", "sw11", "--profile", "smok", *REST], "the nearest known name is smoke"),
     (["train", "sw11", "--profile", "smoke", *REST], "run the data rule first"),
     (["data", "--profile", "paper", "--out", "d"], "put the images there"),

@@ -1,10 +1,13 @@
 """The rows: what they say of the papers' runs, and the sentences that faults in them give."""
 
+import importlib
 import itertools
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+import timm
 
 from swconv import params
 
@@ -63,9 +66,19 @@ def test_table2_has_the_papers_rows_in_its_order(known):
 
 
 @pytest.mark.parametrize(("run", "base", "difference"), [
+    ("sw01", "sw00", {"model.args.laid_out": (False, True), "recipe.sparsity.granularity": ("element", "filter"),
+                      "recipe.sparsity.others": ("all", "body")}),
+    ("sw01_infer", "sw00", {"model.args.laid_out": (False, True)}),
     ("sw03", "sw02", {"model.args.padding": ("full", "half")}),
+    ("sw04", "sw03", {"model.args.rep_branches": (1, 2), "recipe.sparsity.others": ("body", "pointwise")}),
+    ("sw05", "sw04", {"model.args.norm": ("filter", "branch")}),
+    ("sw06", "sw05", {"model.args.ghost_ratio": (0.0, 0.23)}),
+    ("sw07", "sw06", {"model.args.small_kernel": (5, 3)}),
+    ("sw08", "sw07", {"model.args.rep_branches": (2, 4)}),
     ("sw09", "sw03", {"model.args.order": ("reversed", "shuffle_v")}),
     ("sw10", "sw09", {"model.args.order": ("shuffle_v", "shuffled"), "model.args.edges": (1, 2)}),
+    ("sw11", "sw08", {"model.args.rep_branches": (4, 2), "model.args.edges": (1, 4), "model.args.skip": (False, True),
+                      "model.args.order": ("reversed", "shuffled"), "model.args.padding": ("half", "full")}),
     ("sw12", "sw11", {"model.args.rep_branches": (2, 4)}),
     ("sw13", "sw12", {"model.args.edges": (4, 2)}),
     ("sw14", "sw11", {"model.args.rep_branches": (2, 8)}),
@@ -78,11 +91,30 @@ def test_table2_has_the_papers_rows_in_its_order(known):
     ("sw22", "sw20", {"recipe.sparsity.subset": (False, True)}),
     ("sw23", "sw20", {"model.args.kernel_sizes": ([51, 49, 47, 13], [51, 49, [47, 3], 13])}),
     ("sw25", "sw24", {"model.args.use_se": (True, False)}),
+    ("sw26", "sw24", {"model.args.ghost_ratio": (0.23, 0.0), "recipe.epochs": (120, 300)}),
+    ("sw27", "sw24", {"recipe.sparsity.level": (0.3, 0.2), "recipe.epochs": (120, 300)}),
 ])
 def test_a_row_differs_from_its_neighbour_by_what_the_paper_says(known, run, base, difference):
     assert changed(known, run, base) == difference
     mini = changed(known, run, base, "mini")
     assert mini.keys() == difference.keys()
+
+
+def test_row_2_is_slak_t_with_one_set_of_shifted_filters(known):
+    row, slak = known.resolve("sw02", "paper"), known.resolve("sw00", "paper")
+    assert row["model"] == {"name": "sw_slak_tiny", "args": PAPER_SHAPES | {
+        "small_kernel": 5, "rep_branches": 1, "edges": 1, "ghost_ratio": 0.0, "use_se": False, "padding": "full",
+        "norm": "filter", "skip": False, "order": "reversed", "depthwise_norm_skip": False, "layer_scale_init": 1.0e-6}}
+    assert row["recipe"].pop("sparsity") == slak["recipe"].pop("sparsity") | {"granularity": "filter", "others": "body"}
+    assert row["recipe"] == slak["recipe"]
+
+
+def test_row_19_is_row_18_on_the_unireplknet_skeleton_without_se(known):
+    row, before = known.resolve("sw19", "paper"), known.resolve("sw18", "paper")
+    shapes = {"depths": [3, 3, 18, 3], "dims": [80, 160, 320, 640], "width_factor": 1.0}
+    assert row == before | {"model": {"name": "sw_tiny", "args": before["model"]["args"] | shapes}}
+    assert row["model"]["args"]["use_se"] is False
+    assert changed(known, "sw19", "sw18", "mini").keys() == {"model.name", "model.args.depths", "model.args.dims"}
 
 
 def test_row_11_is_the_released_module_on_slak_t(known):
@@ -164,22 +196,47 @@ def test_keys_differ_by_seed_data_and_code():
     ("    from: sw12\n", "    from: sw112\n", "runs.yaml", "run sw13: unknown run sw112; the nearest known name is sw12."),
     ("    recipe: {sparsity: {subset: true}}", "    recipe: {sparsity: {subsets: true}}", "runs.yaml",
      "run sw22, unknown key recipe.sparsity.subsets; the nearest known name is subset."),
-    ("    label: \"#12\"", "    lable: \"#12\"", "runs.yaml", "run sw12: unknown key lable; the nearest known name is label."),
+    ("    label: \"#12\"", "    lable: \"#12\"", "runs.yaml", "run sw12, unknown key lable; the nearest known name is label."),
     ("  sw13:\n", "  sw12:\n", "runs.yaml", "not readable as YAML: sw12 stands twice, first in line"),
     ("sw21, sw22, sw23]", "sw21, sw22, sw33]", "runs.yaml", "report table2: unknown run sw33; the nearest known name is sw"),
     ("uses: {model: sw_tiny}", "uses: {model: sw_tini}", "runs.yaml",
      "run sw19: unknown model sw_tini; the nearest known name is sw_tiny."),
     ("  weight_decay: 0.05", "  weight_deacy: 0.05", "recipes.yaml",
-     "unknown key weight_deacy; the nearest known name is weight_decay."),
+     "recipe slak_tiny_120, unknown key weight_deacy; the nearest known name is weight_decay."),
     ("  from: sw_tiny_120", "  from: sw_tiny_12", "recipes.yaml",
      "recipe sw_tiny_300: unknown recipe above it sw_tiny_12; the nearest known name is sw_tiny_120."),
     ("profile: mini", "profile: mni", "active.yaml", "unknown profile mni; the nearest known name is mini."),
     ("profile: mini", "profile: smoke", "active.yaml", "profile smoke needs reports_folder: artifacts/smoke/reports."),
     ("seeds: [0, 1, 2]", "seeds: [0, 0]", "active.yaml", "seeds must differ from each other, got [0, 0]."),
     ("device: cpu", "device: tpu", "profiles/mini.yaml", "machine.device: input should be 'cpu' or 'cuda', got 'tpu'."),
+    ("  threads: 1", "  thread: 1", "profiles/mini.yaml", "unknown key machine.thread; the nearest known name is threads."),
+    ("  sw_tiny_300:\n", "  sw_tiny_30:\n", "profiles/mini.yaml",
+     "unknown recipe sw_tiny_30; the nearest known name is sw_tiny_300."),
+    ("  sw_tiny:  ", "  sw_tini:  ", "profiles/mini.yaml", "unknown model sw_tini; the nearest known name is sw_tiny."),
+    ("    epochs: 12", "    epchs: 12", "profiles/mini.yaml",
+     "unknown key recipes.slak_tiny_120.epchs; the nearest known name is epochs."),
+    ("{update_every: 40}", "{updat_every: 40}", "profiles/mini.yaml",
+     "unknown key recipes.slak_tiny_300.sparsity.updat_every; the nearest known name is update_every."),
+    ("    depths: [2, 2]", "    depth: [2, 2]", "profiles/mini.yaml",
+     "unknown key models.sw_tiny.depth; the nearest known name is depths."),
+    ("    depths: [2, 2]", "    depths: [2, two]", "profiles/mini.yaml",
+     "models.sw_tiny.depths.1: input should be a valid integer, got 'two'."),
+    ("warmup_epochs: 1,", "warmup_epochs: 2,", "profiles/smoke.yaml",
+     "recipes.slak_tiny_120: warmup_epochs must be below epochs, got 2 of 2."),
+    ("from: mini", "from: mni", "profiles/smoke.yaml", "unknown profile without `from`, mni; the nearest known name is mini."),
+    ("    prune_rate: 0.3", "    prune_rat: 0.3", "recipes.yaml",
+     "recipe sw_tiny_120, unknown key sparsity.prune_rat; the nearest known name is prune_rate."),
+    ("  from: sw_tiny_120", "  form: sw_tiny_120", "recipes.yaml",
+     "recipe sw_tiny_300, unknown key form; the nearest known name is from."),
+    ("  eps: 1.0e-8", "  eps: 1e-8", "recipes.yaml",
+     "recipe slak_tiny_120, eps: input should be a valid number, got '1e-8'."),
+    ("    rep_branches: 2", "    rep_branchs: 2", "models.yaml",
+     "model sw_tiny, unknown key args.rep_branchs; the nearest known name is rep_branches."),
+    ("    use_se: true", "    use_se: 1", "models.yaml", "model sw_tiny, args.use_se: input should be a valid boolean, got 1."),
     ("reports:\n", "reports: [\n", "runs.yaml", "not readable as YAML:"),
     ("mini: {model: {kernel_sizes: [3, 13]}}", "mini: {model: {kernel_sizes: [3, 13, 13]}}", "runs.yaml",
-     "run sw21: depths, dims and kernel_sizes need one entry per stage, got {'depths': 2, 'dims': 2, 'kernel_sizes': 3}."),
+     "run sw21, model: depths, dims and kernel_sizes need one entry per stage, "
+     "got {'depths': 2, 'dims': 2, 'kernel_sizes': 3}."),
 ], ids=lambda value: value if str(value).endswith("yaml") else "")
 def test_a_fault_is_one_sentence_with_file_line_and_nearest_name(folder, old, new, file, sentence):
     edit(folder, old, new, file)
@@ -189,6 +246,82 @@ def test_a_fault_is_one_sentence_with_file_line_and_nearest_name(folder, old, ne
     assert sentence in rest
     text = (folder / file).read_text().splitlines()
     assert int(line) <= len(text)
+
+
+@pytest.mark.parametrize(("old", "new", "file", "sentence"), [
+    ("  name: sw_tiny", "  name: sw_tini", "models.yaml",
+     "models.yaml:{line}: model sw_tiny: unknown network sw_tini; the nearest known name is sw_tiny."),
+    ("reports:\n", "report:\n", "runs.yaml", "runs.yaml:{line}: unknown key report; the nearest known name is reports."),
+    (None, "runs: {a: {}}", "runs.yaml", "runs.yaml: key reports is missing."),
+    (None, "reports: {a: {rows: [b]}}\nruns:\n", "runs.yaml", "runs.yaml:2: runs: a mapping is needed, got None."),
+    (None, "reports: {a: {rows: [b]}}\nruns: {}\n", "runs.yaml",
+     "runs.yaml:2: runs: dictionary should have at least 1 item after validation, not 0, got {{}}."),
+    ("sw_tiny_300: ", "empty:\nsw_tiny_300: ", "recipes.yaml",
+     "recipes.yaml:{line}: recipe empty: a mapping is needed, got None."),
+    ("  from: sw_tiny_120", "  from: [sw_tiny_120]", "recipes.yaml",
+     "recipes.yaml:{line}: recipe sw_tiny_300: unknown recipe above it ['sw_tiny_120']; the nearest known name is"),
+    ("  sw02:\n", "  2:\n", "runs.yaml", "runs.yaml:{line}: a name needs to be text, got '2'; quote it."),
+    ("  sw02:\n", "  ? [sw02]\n  :\n", "runs.yaml", "runs.yaml:{line}: a name needs to be text, got a list; quote it."),
+    ("    text: rep8 E4", "    text: 2024-01-01", "runs.yaml",
+     "runs.yaml:{line}: text, a number, a list or a mapping is needed, got '2024-01-01' (timestamp); quote text."),
+    ("    text: rep8 E4", "    text: !!set {a, b}", "runs.yaml",
+     "runs.yaml:{line}: text, a number, a list or a mapping is needed, got a mapping (set); quote text."),
+    ("    model: {rep_branches: 8}", "    model: &a {b: *a}", "runs.yaml",
+     "runs.yaml:{line}: text, a number, a list or a mapping is needed, got one that holds itself."),
+    (None, "sw03", "runs.yaml", "runs.yaml: a mapping of names is needed, got 'sw03'."),
+    (None, "", "models.yaml", "models.yaml: a mapping of names is needed, got nothing."),
+    ("  betas: [0.9, 0.999]", "  betas: [0.9]", "recipes.yaml",
+     "recipes.yaml:{line}: recipe slak_tiny_120, key betas.1 is missing."),
+    ("  lr: 4.0e-3", "  lr: .nan", "recipes.yaml",
+     "recipes.yaml:{line}: recipe slak_tiny_120, lr: input should be a finite number, got nan."),
+    ("  lr: 4.0e-3", "  lr: \0", "recipes.yaml", "recipes.yaml: not readable as YAML: "),
+], ids=itertools.count())
+def test_what_yaml_allows_and_params_do_not_is_one_sentence(folder, old, new, file, sentence):
+    path = folder / file
+    text = path.read_text()
+    before, after = text.split(old, 1) if old else ("", "")
+    path.write_text(f"{before}{new}{after}")
+    line = before.count("\n") + 1
+    assert fault(folder).startswith(sentence.format(line=line))
+
+
+def test_a_file_that_is_not_in_utf8_is_one_sentence(folder):
+    (folder / "runs.yaml").write_bytes("reports: {}\n# größer\n".encode("latin-1"))
+    assert fault(folder) == "runs.yaml:2: text in UTF-8 is needed, got the byte 0xf6."
+
+
+@pytest.mark.parametrize(("old", "new", "file", "sentence"), [
+    ("{small_kernel: 3}", "{small_kernel: 4}", "runs.yaml", "run sw07, model.small_kernel: an odd number is needed, got 4."),
+    ("    dims: [12, 24]\n    kernel_sizes: [13, 13]", "    dims: [12, 24]\n    kernel_sizes: [13, 12]", "profiles/mini.yaml",
+     "models.sw_tiny.kernel_sizes.1: an odd number is needed, got 12."),
+    ("{kernel_sizes: [13, [13, 3]]}", "{kernel_sizes: [13, [13, 2]]}", "runs.yaml",
+     "run sw23, mini.model.kernel_sizes.1.1: an odd number is needed, got 2."),
+    ("{model: {kernel_sizes: [3, 13]}}", "{model: {kernel_sizes: [3, []]}}", "runs.yaml",
+     "run sw21, mini.model.kernel_sizes.1: input should be a valid integer, got []."),
+    ("{order: shuffle_v}", "{order: shuffle_v, edges: 2}", "runs.yaml",
+     "run sw09, model: order shuffle_v is defined for edges: 1, got 2; order shuffled takes any number."),
+    ("  mean: [0.1]", "  mean: [0.1, 0.1]", "profiles/mini.yaml",
+     "dataset: mean and std need one entry per channel (in_chans: 1), got 2 and 1."),
+    ("  val_images: 2000\n", "", "profiles/mini.yaml",
+     "dataset: digits needs train_images and val_images, got no val_images."),
+    ("  name: digits", "  name: digit", "profiles/mini.yaml", "dataset: digit needs root, got no root."),
+    ("  batch_size: 4096", "  batch_size: 4095", "recipes.yaml",
+     "recipe slak_tiny_120: mixup and cutmix pair the images of a batch: batch_size must be even, got 4095."),
+    ("    recipe: {sparsity: {subset: true}}", "    recipe: {batch_size: 33, cutmix: 1.0}", "runs.yaml",
+     "run sw22, recipe: mixup and cutmix pair the images of a batch: batch_size must be even, got 33."),
+    ("sw22, sw23]", "sw22, sw22]", "runs.yaml", "report table2: a run stands once in a report, got sw22 more than once."),
+    ("controls: [", "controls: [sw11, ", "runs.yaml", "report table2: a run stands once in a report, got sw11 more than once."),
+], ids=itertools.count())
+def test_values_that_only_a_job_would_refuse_are_refused_at_once(folder, old, new, file, sentence):
+    edit(folder, old, new, file)
+    name, line, rest = fault(folder).split(":", 2)
+    assert (name, rest) == (file, f" {sentence}")
+    assert int(line) > 1
+
+
+def test_an_odd_batch_is_fine_where_nothing_is_mixed(folder):
+    edit(folder, "    batch_size: 64", "    batch_size: 63", "profiles/mini.yaml")
+    assert params.load(folder).resolve("sw11", "mini")["recipe"]["batch_size"] == 63
 
 
 def test_the_line_is_the_line_of_the_key(folder):
@@ -211,6 +344,27 @@ def test_a_missing_file_says_how_to_restore_it(folder):
 def test_unknown_run_names_the_nearest(known):
     with pytest.raises(params.ParamsError, match="unknown run sw99; the nearest known name is sw"):
         known.resolve("sw99", "mini")
+
+
+@pytest.mark.parametrize(("run", "sentence"), [
+    ("sw00", "run sw00 needs the network slak_tiny, which swconv.models does not have yet."),
+    ("sw01", "run sw01 needs the network slak_tiny, which swconv.models does not have yet."),
+    ("sw01_infer", "run sw01_infer is evaluated with the weights of sw00, not trained."),
+    ("sw111", "unknown run sw111; the nearest known name is sw11."),
+])
+def test_what_cannot_be_trained_says_why(known, run, sentence):
+    with pytest.raises(params.ParamsError, match=re.escape(sentence)):
+        known.check_trainable(run)
+
+
+def test_every_other_row_can_be_trained(known):
+    for run in known.runs.keys() - {"sw00", "sw01", "sw01_infer"}:
+        known.check_trainable(run)
+
+
+def test_planned_networks_are_those_that_timm_does_not_know():
+    importlib.import_module("swconv.models")
+    assert [name for name in params.ARGS if not timm.is_model(name)] == list(params.PLANNED)
 
 
 def test_missing_imagenet_says_what_to_put_where(known):

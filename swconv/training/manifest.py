@@ -32,8 +32,8 @@ def prepare(dataset: dict, out: Path) -> dict:
     ----------
     dataset : dict
         Of a resolved row of params: `name`, `num_classes`, and for "digits" `train_images` and `val_images`, else
-        `root`, a folder with train/<class>/ and val/<class>/. `hash_contents` says whether the manifest holds the
-        files' sha256 or only names and sizes; by default it does for digits.
+        `root`, a folder with train/<class>/ and val/<class>/. The manifest holds the sha256 of digits, and only names
+        and sizes of a folder.
     out : Path
         Folder for the two files, and for `images/` if they are composed.
 
@@ -57,18 +57,17 @@ def prepare(dataset: dict, out: Path) -> dict:
     else:
         check_root(dataset)
         root = str(Path(dataset["root"]).absolute())
-    hashed = composed if dataset.get("hash_contents") is None else dataset["hash_contents"]
     files = {split: list(_files(out / root, split)) for split in SPLITS}
     _check_classes(dataset, out / root, files)
     _check_sample(out / root, files)
-    table = _manifest(out / root, [path for split in SPLITS for path in files[split]], hashed)
+    table = _manifest(out / root, [path for split in SPLITS for path in files[split]], hashed=composed)
     record = {
         "dataset": dataset["name"],
         "root": root,
         "n_train": len(files["train"]),
         "n_val": len(files["val"]),
         "num_classes": dataset["num_classes"],
-        "hash_contents": hashed,
+        "hash_contents": composed,
         "manifest_sha256": hashlib.sha256(table).hexdigest(),
     }
     write_atomic(out / "manifest.csv", table)

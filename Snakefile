@@ -1,17 +1,14 @@
 """From params/ to reports/: `snakemake --cores all reports/table2.md`, or any file below artifacts/.
 
-  csrc/ ──────────> build ─────────────────┐
-                                           v
-  params/profiles/ > data ──────────────> train ───> evaluate ──> track (MLflow)
-                      one per profile       │            │           │
-  params/runs.yaml ── one row per run ──────┘            v           v
-  params/active.yaml ─ profile and seeds ────────────> table2 <──────┘ ──> reports/table2.{md,csv}, ...
-                                                         ^
-  reports/paper/ ── what the paper prints ───────────────┘
+  params/profiles/ ──> data ───┐
+                               ├──> train ───> evaluate ───> track ────> table2 ──> reports/table2.md, .csv, ...
+  csrc/ ─────────────> build ──┘      ^                     (MLflow)       ^
+  params/runs.yaml, one row per run ──┘                                    │
+  params/active.yaml: profile and seeds; reports/paper/: the claims ───────┘
 
+Beforehand:    snakemake -n
 One ablation:  snakemake --cores all artifacts/mini/train/sw11/seed0/metrics.json
 Another scale: snakemake --cores all --config profile=smoke seeds=0,1    (kept in params/active.yaml, for DVC too)
-Beforehand:    snakemake -n
 """
 
 from snakemake.utils import min_version
@@ -21,6 +18,7 @@ min_version("9.0")
 
 include: "workflow/rules/params.smk"
 include: "workflow/rules/guard.smk"
+include: "workflow/rules/results.smk"
 include: "workflow/rules/build.smk"
 include: "workflow/rules/data.smk"
 include: "workflow/rules/train.smk"

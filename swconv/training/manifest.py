@@ -26,7 +26,7 @@ class ImageError(ValueError):
 
 
 def prepare(dataset: dict, out: Path) -> dict:
-    """Make or find the images, check them, and write `manifest.csv` and `data.json`.
+    """Make or find the images, check them, and write `manifest.csv`, its sha256, and `data.json`.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ def prepare(dataset: dict, out: Path) -> dict:
         `root`, a folder with train/<class>/ and val/<class>/. The manifest holds the sha256 of digits, and only names
         and sizes of a folder.
     out : Path
-        Folder for the two files, and for `images/` if they are composed.
+        Folder for the three files, and for `images/` if they are composed.
 
     Returns
     -------
@@ -71,6 +71,7 @@ def prepare(dataset: dict, out: Path) -> dict:
         "manifest_sha256": hashlib.sha256(table).hexdigest(),
     }
     write_atomic(out / "manifest.csv", table)
+    write_atomic(out / "manifest.csv.sha256", (record["manifest_sha256"] + "\n").encode())
     write_json(out / "data.json", record)
     return record
 

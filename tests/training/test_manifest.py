@@ -38,7 +38,7 @@ def test_folder_of_the_user_is_found_not_copied_and_listed_without_hashes(tmp_pa
     record = manifest.prepare(dataset, tmp_path / "data")
     assert record["root"] == str(tmp_path / "photos")
     assert record["hash_contents"] is False
-    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["data.json", "manifest.csv"]
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["data.json", "manifest.csv", "manifest.csv.sha256"]
     assert (tmp_path / "data" / "manifest.csv").read_text().splitlines()[1].endswith(",")
     manifest.verify(tmp_path / "data")
 

@@ -1,4 +1,5 @@
-# The images of a profile, with a manifest (path, size, sha256). For paper: the user's folder, checked.
+# The images of a profile, with a manifest (path, size, sha256). For paper: the user's folder, checked. Who reads them takes
+# data.json as ancient and the manifest's digest by content: where the images lie is no reason to train again.
 DATA = "artifacts/{profile}/data"
 
 
@@ -6,6 +7,7 @@ rule data:
     output:
         data=f"{DATA}/data.json",
         manifest=f"{DATA}/manifest.csv",
+        digest=f"{DATA}/manifest.csv.sha256",
     params:
         dataset=dataset,
         code=fingerprint("swconv.training.manifest"),
@@ -13,4 +15,4 @@ rule data:
     log:
         "logs/data/{profile}.log",
     shell:
-        "{PYTHON:q} -m swconv data --profile {wildcards.profile} --out {params.out} 2>&1 | tee {log}"
+        "python -m swconv data --profile {wildcards.profile} --out {params.out} 2>&1 | tee {log}"

@@ -5,7 +5,8 @@ EVALUATION = "artifacts/{profile}/evaluate/{run}/seed{seed}"
 
 rule evaluate:
     input:
-        data=f"{DATA}/data.json",
+        data=ancient(f"{DATA}/data.json"),
+        manifest=f"{DATA}/manifest.csv.sha256",
         library=ancient(f"{BUILD}/build.json"),
         csrc=f"{BUILD}/csrc.meaning",
         weights=ancient(f"{RUN}/weights.safetensors"),
@@ -15,7 +16,7 @@ rule evaluate:
         run=f"{EVALUATION}/run.json",
     params:
         row=row,
-        code=fingerprint("swconv.training.loop", csrc=True),
+        code=fingerprint("swconv.training.evaluation", csrc=True),
         data=subpath(input.data, parent=True),
         out=subpath(output.metrics, parent=True),
     log:
@@ -24,5 +25,5 @@ rule evaluate:
     resources:
         gpu=machine_gpus,
     shell:
-        "{PYTHON:q} -m swconv evaluate {wildcards.run} --profile {wildcards.profile} --seed {wildcards.seed}"
-        " --data {params.data} --weights {input.weights} --out {params.out} 2>&1 | tee -a {log}"
+        "python -m swconv evaluate {wildcards.run} --profile {wildcards.profile} --seed {wildcards.seed}"
+        " --data {params.data} --weights {input.weights} --out {params.out} 2>&1 | tee {log}"

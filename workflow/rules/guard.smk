@@ -1,8 +1,8 @@
-"""What makes a bare `snakemake` safe after a kill -9, a clock that runs ahead, and on one GPU, without any option."""
+"""What makes a bare `snakemake` safe, without any option: after a kill -9, a clock that ran ahead, a lost library, on a GPU."""
 
 import fcntl
-import os
 import shutil
+import subprocess
 import time
 from base64 import urlsafe_b64decode
 
@@ -11,8 +11,7 @@ def hold_guard():
     """Hold a shared lock for as long as this driver lives, and clean up after dead ones.
 
     Whoever gets the lock for itself alone knows that no other driver lives on this host. Then Snakemake's own locks
-    are stale, and outputs still marked incomplete were published by a job that nobody saw finish: its checkpoint
-    makes them again in seconds, where Snakemake would stop and ask for --unlock and --rerun-incomplete.
+    are stale, and so are its marks of unfinished jobs; it would stop and ask for --unlock and --rerun-incomplete.
     """
     state = Path(".snakemake")
     state.mkdir(exist_ok=True)
@@ -22,21 +21,24 @@ def hold_guard():
     except BlockingIOError:
         pass  # another driver lives: Snakemake's own lock decides
     else:
+        remove_unfinished(state / "incomplete")
         if any((state / "locks").glob("*.lock")):
             shutil.rmtree(state / "locks")
-            remove_incomplete(state / "incomplete")
             print("An earlier run was killed: its lock is removed, and it is taken up where it stopped.", file=sys.stderr)
     fcntl.flock(guard, fcntl.LOCK_SH)
     return guard
 
 
-def remove_incomplete(markers):
-    """Remove what jobs of a killed driver published; a marker's path is the output's name in base 64, cut in pieces."""
-    for marker in [path for path in markers.rglob("*") if path.is_file()]:
-        name = "".join(part.removeprefix("@") for part in marker.relative_to(markers).parts)
-        output = Path(urlsafe_b64decode(name).decode())
-        if output.is_file():
-            output.unlink()
+def remove_unfinished(marks):
+    """Remove what jobs published that no driver saw finish: their checkpoints make it again in seconds.
+
+    The path of a mark is the name of an output in base 64, cut in pieces. Jobs on a cluster outlive the driver; theirs stay.
+    """
+    for mark in [path for path in marks.rglob("*") if path.is_file()]:
+        if json.loads(mark.read_text() or "{}").get("external_jobid") is None:
+            name = "".join(part.removeprefix("@") for part in mark.relative_to(marks).parts)
+            Path(urlsafe_b64decode(name).decode()).unlink(missing_ok=True)
+            mark.unlink()
 
 
 def clamp_future(root):
@@ -50,8 +52,25 @@ def clamp_future(root):
                 print(f"{path} was dated in the future; it is set to now.", file=sys.stderr)
 
 
+def restore_library():
+    """Build at once where results are there and the library or its record is not.
+
+    Else the first row that changes would have Snakemake build, and then train all others again too.
+    """
+    for profile in {path.parts[1] for path in Path("artifacts").glob("*/train/*/seed*/metrics.json")}:
+        folder = Path("artifacts", profile, "build")
+        record, meaning = folder / "build.json", folder / "csrc.meaning"
+        library = Path(json.loads(record.read_text())["library"]["path"]) if record.exists() else record
+        if not (library.exists() and meaning.exists()):
+            done = subprocess.run(["python", "-m", "swconv", "build", "--out", record])
+            if done.returncode:
+                sys.exit(done.returncode)
+            meaning.write_text(f"{CSRC}\n")
+
+
 if workflow.is_main_process:
     GUARD = hold_guard()
     clamp_future("artifacts")
+    restore_library()
     if "gpu" not in workflow.global_resources:
         workflow.register_resource("gpu", 1)

@@ -1,6 +1,7 @@
 """What the rules read from params/, and the one sentence that stops everything when it is wrong."""
 
 import json
+import os
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,8 @@ sys.path.insert(0, str(workflow.basedir))
 from swconv import params as params_yaml
 from swconv.fingerprint import fingerprint
 
-PYTHON = sys.executable
+# `python` in a rule is the one that runs Snakemake, whether or not its environment is activated.
+os.environ |= {"PATH": os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()])}
 
 
 @contextmanager
@@ -53,6 +55,7 @@ with one_sentence():
 def row(wildcards):
     """All that a run takes from params/: its own resolved row, as text."""
     with one_sentence():
+        PARAMS.check_trainable(wildcards.run)
         return PARAMS.identity(wildcards.run, wildcards.profile)
 
 
@@ -66,7 +69,7 @@ def dataset(wildcards):
     """What a profile's data are made from; stops where the user has to provide them and did not."""
     with one_sentence():
         PARAMS.check_data(wildcards.profile)
-    return PARAMS.profiles[wildcards.profile].dataset.model_dump_json()
+    return PARAMS.profiles[wildcards.profile].dataset.model_dump_json(exclude={"cache", "workers"})
 
 
 def machine_threads(wildcards):
@@ -76,6 +79,10 @@ def machine_threads(wildcards):
 def machine_gpus(wildcards):
     """1 where the profile computes on a GPU, else 0: a cap on GPUs must not make CPU runs wait for each other."""
     return int(PARAMS.profiles[wildcards.profile].uses_gpu)
+
+
+# What the compiled sources mean, and the Python that compiles them.
+CSRC = fingerprint("swconv.build", csrc=True)
 
 
 wildcard_constraints:

@@ -1,8 +1,6 @@
 """After every run: what is current goes into dvc.lock. When DVC itself asks (via-snakemake), it records on its own."""
 
 import logging
-import subprocess
-from hashlib import sha256
 
 from snakemake.common import NOTHING_TO_BE_DONE_MSG
 from snakemake.logging import logger
@@ -20,7 +18,7 @@ def state(outputs):
     """Hash of names, sizes and dates of all that dvc.lock speaks of: a look that costs no DVC."""
     folders = [Path("params"), Path("swconv"), Path("csrc"), Path("reports/paper")]
     sources = [path for folder in folders for path in folder.rglob("*.*") if path.suffix not in (".pyc", ".so")]
-    known = [*map(Path, outputs), Path("dvc.yaml"), Path("dvc.lock"), *sorted(sources)]
+    known = [*map(Path, outputs), *map(Path, ("dvc.yaml", "dvc.lock", "setup.py")), *sorted(sources)]
     stats = [(str(path), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in known if path.is_file()]
     return sha256(repr(stats).encode()).hexdigest()
 
@@ -32,7 +30,7 @@ def record():
     outputs = current_outputs()
     if RECORDED.exists() and RECORDED.read_text() == state(outputs):
         return
-    done = subprocess.run([PYTHON, "workflow/scripts/dvc_sync.py"], input="\n".join(outputs), text=True)
+    done = subprocess.run([sys.executable, "workflow/scripts/dvc_sync.py"], input="\n".join(outputs), text=True)
     if done.returncode == 0:
         RECORDED.write_text(state(outputs))
 

@@ -4,7 +4,8 @@ RUN = "artifacts/{profile}/train/{run}/seed{seed}"
 
 rule train:
     input:
-        data=f"{DATA}/data.json",
+        data=ancient(f"{DATA}/data.json"),
+        manifest=f"{DATA}/manifest.csv.sha256",
         library=ancient(f"{BUILD}/build.json"),
         csrc=f"{BUILD}/csrc.meaning",
     output:
@@ -24,8 +25,8 @@ rule train:
     resources:
         gpu=machine_gpus,
     shell:
-        "{PYTHON:q} -m swconv train {wildcards.run} --profile {wildcards.profile} --seed {wildcards.seed}"
-        " --data {params.data} --out {params.out} 2>&1 | tee -a {log}"
+        "python -m swconv train {wildcards.run} --profile {wildcards.profile} --seed {wildcards.seed}"
+        " --data {params.data} --out {params.out} 2>&1 | tee {log}"
 
 
 # A row that is the same experiment as an earlier one at this scale is not trained twice: it says so instead.

@@ -62,7 +62,7 @@ def main() -> None:
         except (DvcException, SCMError, OSError) as error:
             reason = error
             break
-    sys.exit(f"warning: dvc.lock was not brought up to date ({reason}); the next run or `dvc repro` does it, and trains nothing.")
+    sys.exit(f"warning: dvc.lock is not up to date ({reason}); the next run or `dvc repro` records, and trains nothing.")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What a DVC stage asks of Snakemake: `via-snakemake KIND PROFILE [RUN]`, the command of every stage in dvc.yaml."""
 
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -40,6 +41,13 @@ def targets(known: params.Params, kind: str, profile: str, run: str | None = Non
     else:
         names = [f"seed{seed}/metrics.json" for seed in known.active.seeds]
     return [f"artifacts/{profile}/{stage}/{run}/{name}" for stage in ("train", "evaluate") for name in names]
+
+
+def rule_modules() -> dict[str, tuple[str, bool]]:
+    """The module whose meaning each rule depends on, and whether csrc/ counts, as its .smk file says."""
+    text = "\n".join(path.read_text() for path in sorted((ROOT / "workflow" / "rules").glob("*.smk")))
+    rule = re.compile(r'^rule (\w+):(?:(?!^rule ).)*?code=fingerprint\("([\w.]+)"(, csrc=True)?\)', re.DOTALL | re.MULTILINE)
+    return {name: (module, bool(csrc)) for name, module, csrc in rule.findall(text)}
 
 
 def main() -> None:

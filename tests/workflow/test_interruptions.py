@@ -1,0 +1,106 @@
+"""Killed, or with a clock that ran ahead: the same command again goes on, and nothing finished is lost."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from base64 import urlsafe_b64encode
+from pathlib import Path
+
+RUN = "artifacts/smoke/train/sw15/seed0"
+
+
+def train_until_first_checkpoint(project, environment):
+    """Start a training and return its driver's process when there is something to lose."""
+    driver = subprocess.Popen(
+        ["snakemake", "--cores", "all", f"{RUN}/metrics.json"], cwd=project.root, env=environment, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not list(project.root.glob("checkpoints/*/epoch*.pt")):
+        assert driver.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return driver
+
+
+def lengthen(project):
+    """Many short epochs, so that a kill finds the training in the middle."""
+    project.replace("params/profiles/smoke.yaml", "epochs: 2", "epochs: 60")
+
+
+def test_the_whole_tree_killed_ends_with_the_weights_of_an_undisturbed_run(finished, tmp_path):
+    lengthen(finished)
+    undisturbed = finished.copy(tmp_path / "undisturbed")
+    undisturbed.snakemake(f"{RUN}/metrics.json")
+
+    driver = train_until_first_checkpoint(finished, undisturbed.environment)
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait()
+    finished.snakemake(f"{RUN}/metrics.json")
+
+    assert json.loads((finished.root / RUN / "run.json").read_text())["resumed_from_epoch"] > 0
+    for name in ("weights.safetensors", "metrics.json"):
+        assert (finished.root / RUN / name).read_bytes() == (undisturbed.root / RUN / name).read_bytes()
+
+
+def test_the_driver_alone_killed_trains_nothing_twice(finished):
+    lengthen(finished)
+    driver = train_until_first_checkpoint(finished, finished.environment)
+    driver.kill()
+    driver.wait()
+    finished.snakemake(f"{RUN}/metrics.json")  # waits for the trainer that is still there, then finds its work
+
+    assert json.loads((finished.root / RUN / "run.json").read_text())["resumed_from_epoch"] == 60
+    assert finished.planned(f"{RUN}/metrics.json") == {}
+
+
+def test_killed_between_publishing_and_snakemakes_note_needs_no_option(finished):
+    state, target = finished.root / ".snakemake", f"{RUN}/metrics.json"
+    (state / "locks").mkdir(exist_ok=True)
+    (state / "locks/0.output.lock").write_text(f"{target}\n")
+    (state / "incomplete" / urlsafe_b64encode(target.encode()).decode()).write_text('{"external_jobid": null}')
+
+    assert "An earlier run was killed" in finished.snakemake(target)
+    assert (finished.root / target).exists()
+    assert finished.planned(target) == {}
+
+
+def test_a_lock_of_a_living_driver_is_respected(finished):
+    lengthen(finished)
+    driver = train_until_first_checkpoint(finished, finished.environment)
+    try:
+        assert "LockException" in finished.snakemake(f"{RUN}/metrics.json", code=1)
+    finally:
+        os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait()
+
+
+def test_a_file_from_the_future_costs_no_result(finished):
+    results = finished.results()
+    path = Path(finished.root, "artifacts/smoke/data/data.json")
+    ahead = time.time() + 3600
+    os.utime(path, (ahead, ahead))
+
+    assert "was dated in the future" in finished.snakemake()
+    assert path.stat().st_mtime < ahead
+    assert finished.results() == results
+
+
+def test_a_failed_run_stops_no_other_and_its_old_results_come_back(finished):
+    results = finished.results()
+    finished.replace("params/runs.yaml", "{sparsity: {scores: concat}}", "{lr: 1.0e+30}")  # sw15
+    finished.replace("params/runs.yaml", "{sparsity: {share_every: 3}}", "{sparsity: {share_every: 2}}")  # sw17
+
+    printed = finished.snakemake("--keep-going", code=1)
+    status = finished.run("dvc", "status")
+    assert "the loss became" in printed
+    assert "run@smoke-sw15" in status
+    assert "run@smoke-sw17" not in status
+
+    finished.run("git", "checkout", "--quiet", "params", "dvc.lock")
+    finished.run("dvc", "checkout")
+    finished.script("adopt.py")
+    assert finished.planned() == {}
+    assert finished.results() == results

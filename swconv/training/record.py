@@ -49,8 +49,8 @@ def circumstances(*, key: str, run: str, profile: str, seed: int, code: str, con
         "code": code,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": hardware(),
-        "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "torchvision": torchvision.__version__,
-                     "timm": timm.__version__, "numpy": numpy.__version__},
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
+                     "torchvision": torchvision.__version__, "timm": timm.__version__, "numpy": numpy.__version__},
         "flags": {
             "threads": torch.get_num_threads(),
             "tf32_matmul": torch.backends.cuda.matmul.allow_tf32,

@@ -8,7 +8,7 @@ from base64 import urlsafe_b64decode
 
 
 def hold_guard():
-    """Hold a shared lock for as long as this driver lives, and clean up after dead ones.
+    """Hold a shared lock for as long as this driver lives, and, where no other one does, clean up first.
 
     Whoever gets the lock for itself alone knows that no other driver lives on this host. Then Snakemake's own locks
     are stale, and so are its marks of unfinished jobs; it would stop and ask for --unlock and --rerun-incomplete.
@@ -25,6 +25,8 @@ def hold_guard():
         if any((state / "locks").glob("*.lock")):
             shutil.rmtree(state / "locks")
             print("An earlier run was killed: its lock is removed, and it is taken up where it stopped.", file=sys.stderr)
+        clamp_future("artifacts")
+        restore_library()
     fcntl.flock(guard, fcntl.LOCK_SH)
     return guard
 
@@ -70,7 +72,5 @@ def restore_library():
 
 if workflow.is_main_process:
     GUARD = hold_guard()
-    clamp_future("artifacts")
-    restore_library()
     if "gpu" not in workflow.global_resources:
         workflow.register_resource("gpu", 1)

@@ -130,9 +130,9 @@ class Evidence:
         )
 
     def _remake(self, run: str, seeds: tuple[int, ...]) -> str:
-        """``--force`` remakes the named files even where they are up to date, and nothing else."""
-        targets = [self.artifacts / self.profile / "train" / run / f"seed{seed}" / "metrics.json" for seed in seeds]
-        return " ".join(["snakemake --cores all --force", *map(self._name, targets)])
+        """Trains the named seeds again, even where they are up to date, evaluates them, and does nothing else."""
+        targets = [self.artifacts / self.profile / "evaluate" / run / f"seed{seed}" / "metrics.json" for seed in seeds]
+        return " ".join(["snakemake --cores all --forcerun train --", *map(self._name, targets)])
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.artifacts.parent).as_posix()

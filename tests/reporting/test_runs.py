@@ -49,7 +49,7 @@ def test_a_finished_seed_carries_the_circumstances_of_its_training(tmp_path):
         "library_sha256": None,
         "machine": {"cpu": "EPYC", "cores": 2, "threads": 1},
         "torch": "2.11.0",
-        "command": "snakemake --cores all --force artifacts/mini/train/sw11/seed0/metrics.json",
+        "command": "snakemake --cores all --forcerun train -- artifacts/mini/evaluate/sw11/seed0/metrics.json",
     }
 
 

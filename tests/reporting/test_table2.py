@@ -226,7 +226,7 @@ def test_footnotes_lead_to_runs_and_to_the_command_that_remakes_them(tree):
     note = next(line for line in text.splitlines() if line.startswith("[^sw09]:"))
     keys = "seed 0 key `train-sw09-0`, seed 1 key `train-sw09-1`, seed 2 key `train-sw09-2`"
     assert f"`artifacts/mini/evaluate/sw09/seed*/metrics.json`: {keys}, commit `0123456789ab`, EPYC" in note
-    assert "--force artifacts/mini/train/sw09/seed0/metrics.json artifacts/mini/train/sw09/seed1/metrics.json" in note
+    assert "--forcerun train -- artifacts/mini/evaluate/sw09/seed0/metrics.json artifacts/mini/evaluate/sw09/seed1/" in note
     assert "sw13/seed*/metrics.json`: seed 0 not run; seed 1 not run; seed 2 not run." in text
 
 
@@ -321,8 +321,9 @@ def test_either_profile_makes_the_same_report_from_the_same_runs(project):
 def test_the_other_profile_is_asked_for_the_same_seeds_where_it_has_none(project):
     shutil.rmtree(project / "artifacts" / "mini")
     text = _report(project, "paper", 1)["table2.md"].decode()
-    assert "`artifacts/mini/evaluate/sw03/seed*/metrics.json`: seed 1 not run. Remake: `snakemake --cores all --force " in text
-    assert "--force`" not in text
+    remake = "Remake: `snakemake --cores all --forcerun train -- "
+    assert f"`artifacts/mini/evaluate/sw03/seed*/metrics.json`: seed 1 not run. {remake}" in text
+    assert "train --`" not in text
 
 
 def test_smoke_shows_smoke_alone(project):

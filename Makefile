@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(if $(VENV),$(VENV)/bin/)
 READY  := $(or $(VENV),.snakemake)/.ready
 
-.PHONY: setup demo test ui clean
+.PHONY: setup demo test gpu ui clean
 
 setup: $(READY)
 
@@ -24,6 +24,10 @@ test: setup
 	$(BIN)ruff check .
 	$(BIN)lint-imports
 	$(BIN)python -m pytest -m "not slow"
+
+gpu: setup
+	$(BIN)python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make gpu needs a GPU that torch sees.')"
+	$(BIN)python -m pytest tests/ops tests/models
 
 ui: setup
 	$(BIN)python -m swconv ui

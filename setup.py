@@ -11,6 +11,7 @@ import importlib.util
 import json
 import logging
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -27,14 +28,20 @@ ARCHITECTURES = {
     "sm_90": "arch=compute_90,code=sm_90",
     "compute_90": "arch=compute_90,code=compute_90",
 }
-CXX_SOURCES = ["csrc/shift_add_cpu.cpp", "csrc/strips_cpu.cpp", "csrc/binding.cpp"]
+CXX_SOURCES = ["csrc/shift_add_cpu.cpp", "csrc/binding.cpp"]
+STRIPS_SOURCE = "csrc/strips_cpu.cpp"  # compiled once for every set of vector instructions; binding.cpp takes the best
+INSTRUCTIONS = {
+    "portable": "",
+    **({"avx2": "-march=x86-64-v3", "avx512": "-march=x86-64-v4 -mprefer-vector-width=512"}
+       if platform.machine() == "x86_64" else {}),
+}
 CUDA_SOURCE = "csrc/shift_add.cu"
 
 NINJA = """\
 builddir = {build}
 rule cxx
-  command = {cxx} -MMD -MF $out.d {cxx_flags} -c $in -o $out
-  description = {cxx} $in
+  command = {cxx} -MMD -MF $out.d {cxx_flags} $options -c $in -o $out
+  description = {cxx} $in $options
   depfile = $out.d
   deps = gcc
 rule nvcc
@@ -133,17 +140,20 @@ class BuildNative(build_ext):
         flags = ["-std=c++17", "-O3", "-fPIC", "-Wall", "-Wno-psabi", f"-isystem {torch}/include",
                  f"-ffile-prefix-map={torch}=torch", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
         link = [f"-L{torch}/lib", "-ltorch_cpu"]
-        objects = {BUILD / (Path(source).stem + ".o"): ("cxx", source) for source in CXX_SOURCES}
+        objects = {BUILD / (Path(source).stem + ".o"): ("cxx", source, "") for source in CXX_SOURCES}
+        objects |= {BUILD / f"strips_{name}.o": ("cxx", STRIPS_SOURCE, f"-DSWCONV_CPU={name} {options}")
+                    for name, options in INSTRUCTIONS.items()}
         if cuda:
             flags.append("-DSWCONV_CUDA")
             link += [str(cuda["runtime"]), "-ldl", "-lrt", "-lpthread"]
-            objects[BUILD / "shift_add.o"] = ("nvcc", CUDA_SOURCE)
+            objects[BUILD / "shift_add.o"] = ("nvcc", CUDA_SOURCE, "")
         text = NINJA.format(
             cxx=cxx, cxx_flags=" ".join(flags), link_flags=" ".join(link), build=BUILD,
             nvcc=cuda["nvcc"] if cuda else "", nvcc_flags=" ".join(
                 ["-std=c++17", "-O3", "-Xcompiler -fPIC", f"-ccbin {cxx}", "-Xptxas -v",
                  *(f"-gencode={code}" for code in ARCHITECTURES.values())]))
-        text += "".join(f"build {out}: {rule} {source}\n" for out, (rule, source) in objects.items())
+        text += "".join(f"build {out}: {rule} {source}\n  options = {options}\n"
+                        for out, (rule, source, options) in objects.items())
         text += f"build {BUILD}/_C.abi3.so: link {' '.join(map(str, objects))}\n"
         self.write(BUILD / "build.ninja", text)
 

@@ -7,6 +7,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cstdlib>
+#include <cstring>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -247,13 +249,13 @@ Tensor shift_add_backward_cuda(const Tensor grad_h, const Tensor grad_v, const T
 // ---- strip form ----------------------------------------------------------------------------------------------------
 
 swconv::StripSizes strip_sizes(const char* op, const Tensor& x, const Tensor& kernel_h, const Tensor& kernel_v,
-                               const Tensor& kernel_c, int64_t anchor_h, int64_t anchor_v) {
+                               const Tensor& kernel_c, int64_t anchor_h, int64_t anchor_v, bool channels_last) {
   require(x.dim() == 4 && kernel_h.dim() == 4 && kernel_v.dim() == 4 && kernel_c.dim() == 4, op,
           " needs x (B, C, H, W) and kernels (C, 1, N, L), (C, 1, L, N), (C, 1, S, S), got ", shape(x), ", ",
           shape(kernel_h), ", ", shape(kernel_v), ", ", shape(kernel_c), ".");
   const swconv::StripSizes s{x.size(0),        x.size(1), x.size(2),        x.size(3),        kernel_h.size(3),
                              kernel_h.size(2), anchor_h,  kernel_v.size(2), kernel_v.size(3), anchor_v,
-                             kernel_c.size(2)};
+                             kernel_c.size(2), channels_last ? 1 : x.size(2) * x.size(3), channels_last ? x.size(1) : 1};
   require_shape(op, "kernel_h", kernel_h, {s.channels, 1, s.breadth_h, s.length_h});
   require_shape(op, "kernel_v", kernel_v, {s.channels, 1, s.length_v, s.breadth_v});
   require_shape(op, "kernel_c", kernel_c, {s.channels, 1, s.small, s.small});
@@ -266,85 +268,136 @@ swconv::StripSizes strip_sizes(const char* op, const Tensor& x, const Tensor& ke
   return s;
 }
 
-// The format of x, which results keep: channels_last where x is laid out so and not also contiguous.
-bool is_channels_last(const Tensor& x) {
-  if (x.is_contiguous()) return false;
-  int64_t step = 1;
-  for (const int64_t d : {1, 3, 2, 0}) {
-    if (x.size(d) != 1 && x.stride(d) != step) return false;
-    step *= x.size(d);
+// The best kernels for this processor. SWCONV_CPU=portable, avx2 or avx512 asks for others, for tests and comparisons.
+template <class T>
+const swconv::StripKernels<T>& strip_kernels() {
+  static const swconv::StripKernels<T> kernels = [] {
+    const char* asked = std::getenv("SWCONV_CPU");
+    const auto takes = [asked](const char* name) { return asked == nullptr || std::strcmp(asked, name) == 0; };
+#ifdef __x86_64__
+    __builtin_cpu_init();
+    if (takes("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
+      return swconv::strip_kernels_avx512<T>();
+    if (takes("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
+      return swconv::strip_kernels_avx2<T>();
+#endif
+    require(takes("portable"), "SWCONV_CPU needs to name instructions that this processor has, avx512, avx2 or portable, "
+            "got ", asked, ".");
+    return swconv::strip_kernels_portable<T>();
+  }();
+  return kernels;
+}
+
+// x laid out densely and, where it already is, as it is: channels_last, else contiguous. Results have its layout.
+struct Layout {
+  bool channels_last;
+
+  explicit Layout(const Tensor& x) : channels_last(!x.is_contiguous() && is_channels_last(x)) {}
+
+  static bool is_channels_last(const Tensor& x) {
+    int64_t step = 1;
+    for (const int64_t d : {1, 3, 2, 0}) {
+      if (x.size(d) != 1 && x.stride(d) != step) return false;
+      step *= x.size(d);
+    }
+    return true;
   }
-  return true;
-}
 
-Tensor in_format_of(const Tensor& x, const Tensor& result) {
-  return is_channels_last(x) ? torch::stable::contiguous(result, MemoryFormat::ChannelsLast) : result;
-}
+  Tensor of(const Tensor& t) const {
+    return channels_last ? torch::stable::contiguous(t, MemoryFormat::ChannelsLast) : torch::stable::contiguous(t);
+  }
+};
 
-Tensor new_like(const Tensor& t) { return torch::stable::new_empty(t, t.sizes()); }
+// A new tensor of x's shape and strides; x is dense.
+Tensor new_like(const Tensor& x) { return torch::stable::empty_like(x); }
 
 Three strip_branches(const Tensor x, const Tensor kernel_h, const Tensor kernel_v, const Tensor kernel_c,
                      int64_t anchor_h, int64_t anchor_v) {
   constexpr const char* op = "swconv::strip_branches";
-  const auto s = strip_sizes(op, x, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v);
-  const Tensor from = dense(x), kh = dense(kernel_h), kv = dense(kernel_v), kc = dense(kernel_c);
-  Tensor h = new_like(x), v = new_like(x), i = new_like(x);
+  const Layout layout(x);
+  const auto s = strip_sizes(op, x, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v, layout.channels_last);
+  const Tensor from = layout.of(x), kh = dense(kernel_h), kv = dense(kernel_v), kc = dense(kernel_c);
+  Tensor h = new_like(from), v = new_like(from), i = new_like(from);
   with_type(op, x, [&](auto zero) {
     using T = decltype(zero);
+    const auto& kernels = strip_kernels<T>();
     T *to_h = h.mutable_data_ptr<T>(), *to_v = v.mutable_data_ptr<T>(), *to_i = i.mutable_data_ptr<T>();
-    parallel_for(0, swconv::strip_tasks<T>(s), 1, [&](int64_t begin, int64_t end) {
-      swconv::strip_branches_cpu(s, from.const_data_ptr<T>(), kh.const_data_ptr<T>(), kv.const_data_ptr<T>(),
-                                 kc.const_data_ptr<T>(), to_h, to_v, to_i, begin, end);
+    parallel_for(0, strip_tasks(s, kernels.lanes), 1, [&](int64_t begin, int64_t end) {
+      kernels.branches(s, from.const_data_ptr<T>(), kh.const_data_ptr<T>(), kv.const_data_ptr<T>(),
+                       kc.const_data_ptr<T>(), to_h, to_v, to_i, begin, end);
     });
   });
-  return {in_format_of(x, h), in_format_of(x, v), in_format_of(x, i)};
+  return {h, v, i};
 }
 
 Tensor strip_mix(const Tensor x, const Tensor kernel_h, const Tensor kernel_v, const Tensor kernel_c,
                  const std::optional<Tensor> bias, int64_t anchor_h, int64_t anchor_v) {
   constexpr const char* op = "swconv::strip_mix";
-  const auto s = strip_sizes(op, x, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v);
+  const Layout layout(x);
+  const auto s = strip_sizes(op, x, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v, layout.channels_last);
   if (bias) {
     require_shape(op, "bias", *bias, {s.channels});
     require_alike(op, x, {&*bias});
   }
-  const Tensor from = dense(x), kh = dense(kernel_h), kv = dense(kernel_v), kc = dense(kernel_c);
+  const Tensor from = layout.of(x), kh = dense(kernel_h), kv = dense(kernel_v), kc = dense(kernel_c);
   const std::optional<Tensor> b = bias ? std::optional<Tensor>(dense(*bias)) : std::nullopt;
-  Tensor y = new_like(x);
+  Tensor y = new_like(from);
   with_type(op, x, [&](auto zero) {
     using T = decltype(zero);
+    const auto& kernels = strip_kernels<T>();
     const T* with_bias = b ? b->const_data_ptr<T>() : nullptr;
     T* to = y.mutable_data_ptr<T>();
-    parallel_for(0, swconv::strip_tasks<T>(s), 1, [&](int64_t begin, int64_t end) {
-      swconv::strip_mix_cpu(s, from.const_data_ptr<T>(), kh.const_data_ptr<T>(), kv.const_data_ptr<T>(),
-                            kc.const_data_ptr<T>(), with_bias, to, begin, end);
+    parallel_for(0, strip_tasks(s, kernels.lanes), 1, [&](int64_t begin, int64_t end) {
+      kernels.mix(s, from.const_data_ptr<T>(), kh.const_data_ptr<T>(), kv.const_data_ptr<T>(),
+                  kc.const_data_ptr<T>(), with_bias, to, begin, end);
     });
   });
-  return in_format_of(x, y);
+  return y;
+}
+
+// Add the chunks' gradients of the kernels, in their order.
+template <class T>
+void sum_partial(const swconv::StripSizes& s, const T* partial, T* to_h, T* to_v, T* to_c, int64_t begin, int64_t end) {
+  const int64_t taps = strip_taps(s), of_h = s.length_h * s.breadth_h, of_v = s.length_v * s.breadth_v;
+  for (int64_t r = begin; r < end; ++r)
+    for (int64_t t = 0; t < taps; ++t) {
+      T total = 0;
+      for (int64_t chunk = 0; chunk < strip_chunks(s); ++chunk) total += partial[(chunk * s.channels + r) * taps + t];
+      if (t < of_h) to_h[r * of_h + t] = total;
+      else if (t < of_h + of_v) to_v[r * of_v + t - of_h] = total;
+      else to_c[r * s.small * s.small + t - of_h - of_v] = total;
+    }
 }
 
 Four strip_branches_backward(const Tensor grad_h, const Tensor grad_v, const Tensor grad_i, const Tensor x,
                              const Tensor kernel_h, const Tensor kernel_v, const Tensor kernel_c, int64_t anchor_h,
                              int64_t anchor_v) {
   constexpr const char* op = "swconv::strip_branches_backward";
-  const auto s = strip_sizes(op, x, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v);
+  const Layout layout(x);
+  const auto s = strip_sizes(op, x, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v, layout.channels_last);
   require_alike(op, x, {&grad_h, &grad_v, &grad_i});
   for (const Tensor* grad : {&grad_h, &grad_v, &grad_i})
     require_shape(op, "gradients", *grad, {s.images, s.channels, s.height, s.width});
-  const Tensor from = dense(x), kh = dense(kernel_h), kv = dense(kernel_v), kc = dense(kernel_c);
-  const Tensor gh = dense(grad_h), gv = dense(grad_v), gi = dense(grad_i);
-  Tensor gx = new_like(x), gkh = new_like(kh), gkv = new_like(kv), gkc = new_like(kc);
+  const Tensor from = layout.of(x), kh = dense(kernel_h), kv = dense(kernel_v), kc = dense(kernel_c);
+  const Tensor gh = layout.of(grad_h), gv = layout.of(grad_v), gi = layout.of(grad_i);
+  Tensor gx = new_like(from), gkh = new_like(kh), gkv = new_like(kv), gkc = new_like(kc);
+  const Tensor partial = torch::stable::new_empty(x, {strip_chunks(s), s.channels, strip_taps(s)});
   with_type(op, x, [&](auto zero) {
     using T = decltype(zero);
+    const auto& kernels = strip_kernels<T>();
     T *to_x = gx.mutable_data_ptr<T>(), *to_h = gkh.mutable_data_ptr<T>(), *to_v = gkv.mutable_data_ptr<T>(),
-      *to_c = gkc.mutable_data_ptr<T>();
-    parallel_for(0, s.channels, 1, [&](int64_t begin, int64_t end) {
-      swconv::strip_branches_backward_cpu(s, gh.const_data_ptr<T>(), gv.const_data_ptr<T>(), gi.const_data_ptr<T>(),
-                                          from.const_data_ptr<T>(), kh.const_data_ptr<T>(), kv.const_data_ptr<T>(),
-                                          kc.const_data_ptr<T>(), to_x, to_h, to_v, to_c, begin, end);
+      *to_c = gkc.mutable_data_ptr<T>(), *parts = partial.mutable_data_ptr<T>();
+    parallel_for(0, strip_tasks(s, kernels.lanes), 1, [&](int64_t begin, int64_t end) {
+      kernels.backward(s, gh.const_data_ptr<T>(), gv.const_data_ptr<T>(), gi.const_data_ptr<T>(),
+                       from.const_data_ptr<T>(), kh.const_data_ptr<T>(), kv.const_data_ptr<T>(),
+                       kc.const_data_ptr<T>(), to_x, parts, begin, end);
+    });
+    parallel_for(0, s.channels, 16, [&](int64_t begin, int64_t end) {
+      sum_partial(s, parts, to_h, to_v, to_c, begin, end);
     });
   });
-  return {in_format_of(x, gx), gkh, gkv, gkc};
+  return {gx, gkh, gkv, gkc};
 }
 
 }  // namespace

@@ -48,29 +48,44 @@ const char* shift_add_backward_cuda(const ShiftSizes& s, const float* grad_h, co
 //   h[b,r,y,x] = sum_a sum_t kernel_h[r,0,a,t] x[b,r, y + a - N/2,        x + t - anchor_h]
 //   v[b,r,y,x] = sum_t sum_a kernel_v[r,0,t,a] x[b,r, y + t - anchor_v,   x + a - N/2]
 //   i[b,r,y,x] = sum_t sum_a kernel_c[r,0,t,a] x[b,r, y + t - S/2,        x + a - S/2]
+// All maps of a call have one layout: channel r of pixel p = y * W + x of an image at r * channel_step + p * pixel_step.
 // Every sum has one order, whatever the batch or the number of threads.
 struct StripSizes {
   int64_t images, channels, height, width;
   int64_t length_h, breadth_h, anchor_h, length_v, breadth_v, anchor_v, small;
+  int64_t channel_step, pixel_step;
 };
 
-// Independent pieces of work of the two forward functions: a channel of a few images each.
+// On the CPU the work is cut into tasks: a block of channels, as many as a vector has lanes, of kStripImages images.
+constexpr int64_t kStripImages = 8;
+
+inline int64_t strip_blocks(const StripSizes& s, int64_t lanes) { return (s.channels + lanes - 1) / lanes; }
+inline int64_t strip_chunks(const StripSizes& s) { return (s.images + kStripImages - 1) / kStripImages; }
+inline int64_t strip_tasks(const StripSizes& s, int64_t lanes) { return strip_blocks(s, lanes) * strip_chunks(s); }
+inline int64_t strip_taps(const StripSizes& s) {
+  return s.length_h * s.breadth_h + s.length_v * s.breadth_v + s.small * s.small;
+}
+
+// The kernels of one set of vector instructions; they do the tasks begin <= task < end.
 template <class T>
-int64_t strip_tasks(const StripSizes& s);
+struct StripKernels {
+  int64_t lanes;
+  void (*branches)(const StripSizes& s, const T* x, const T* kernel_h, const T* kernel_v, const T* kernel_c, T* h, T* v,
+                   T* i, int64_t begin, int64_t end);
+  // y = h + v + i + bias; bias may be null.
+  void (*mix)(const StripSizes& s, const T* x, const T* kernel_h, const T* kernel_v, const T* kernel_c, const T* bias,
+              T* y, int64_t begin, int64_t end);
+  // partial (chunks, R, taps): the kernels' gradients of each chunk of images, h, v and c in a row; the caller adds.
+  void (*backward)(const StripSizes& s, const T* grad_h, const T* grad_v, const T* grad_i, const T* x,
+                   const T* kernel_h, const T* kernel_v, const T* kernel_c, T* grad_x, T* partial, int64_t begin,
+                   int64_t end);
+};
 
 template <class T>
-void strip_branches_cpu(const StripSizes& s, const T* x, const T* kernel_h, const T* kernel_v, const T* kernel_c, T* h,
-                        T* v, T* i, int64_t begin, int64_t end);
-
-// y = h + v + i + bias; bias may be null.
+StripKernels<T> strip_kernels_portable();
 template <class T>
-void strip_mix_cpu(const StripSizes& s, const T* x, const T* kernel_h, const T* kernel_v, const T* kernel_c,
-                   const T* bias, T* y, int64_t begin, int64_t end);
-
-// Channels begin <= r < end.
+StripKernels<T> strip_kernels_avx2();
 template <class T>
-void strip_branches_backward_cpu(const StripSizes& s, const T* grad_h, const T* grad_v, const T* grad_i, const T* x,
-                                 const T* kernel_h, const T* kernel_v, const T* kernel_c, T* grad_x, T* grad_kernel_h,
-                                 T* grad_kernel_v, T* grad_kernel_c, int64_t begin, int64_t end);
+StripKernels<T> strip_kernels_avx512();
 
 }  // namespace swconv

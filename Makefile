@@ -9,6 +9,8 @@ READY  := $(or $(VENV),.snakemake)/.ready
 setup: $(READY)
 
 $(READY): requirements.lock setup.py $(wildcard csrc/*)
+	@$(if $(VENV),$(PYTHON) -c "import ensurepip" 2> /dev/null || \
+		{ echo "make needs $(PYTHON) with its venv module; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; })
 	$(if $(VENV),$(PYTHON) -m venv $(VENV))
 	$(BIN)pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)python -m swconv build --out build/build.json

@@ -60,7 +60,8 @@ def report(args: argparse.Namespace) -> None:
     from swconv.reporting.table2 import build_table2
 
     known = params.load(PARAMS)
-    plan, ids = known.reports[args.report], known.report_rows(args.report)
+    known.profile(args.profile)
+    ids, plan = known.report_rows(args.report), known.reports[args.report]
     rows = [Row(run=run, label=known.runs[run].label, model=known.runs[run].text,
                 same_as={profile: known.same_as(run, profile, ids) for profile in known.profiles}) for run in plan.rows]
     controls = [Control(run=run, model=known.runs[run].text, of=known.base(run, plan.rows)) for run in plan.controls]
@@ -73,7 +74,7 @@ def report(args: argparse.Namespace) -> None:
 def ui(args: argparse.Namespace) -> None:
     from swconv.training import tracking
 
-    command = tracking.ui_command(DATABASE, "snakemake --cores all")
+    command = tracking.ui_command(DATABASE, tracking.REFILL)
     for title, page in tracking.comparisons(DATABASE).items():
         logging.info("%s, all rows compared: %s", title, page)
     os.execvp(command[0], command)
@@ -99,8 +100,10 @@ def _record(args: argparse.Namespace, module: str) -> dict:
 
     known = params.load(PARAMS)
     config, identity = known.resolve(args.run, args.profile), known.identity(args.run, args.profile)
-    loop.prepare_machine(config["machine"])                           # the record tells the flags that hold
     code = fingerprint.fingerprint(module, csrc=True)
+    if args.planned not in (None, params.key(identity, "", code, args.seed)):
+        raise ValueError("csrc/, params/ or swconv/ changed since this run was planned; repeat the command.")
+    loop.prepare_machine(config["machine"])                           # the record tells the flags that hold
     data_sha256 = manifest.read(args.data)["manifest_sha256"]
     return record.circumstances(key=params.key(identity, data_sha256, code, args.seed), run=args.run, profile=args.profile,
                                 seed=args.seed, code=code, config=config, data_sha256=data_sha256)
@@ -118,9 +121,10 @@ def _parser() -> argparse.ArgumentParser:
 
     verb(build, "compile csrc/ and record how", "--out")
     verb(data, "make or check a profile's images and write their manifest", "--profile", "--out")
-    verb(train, "train one run; a killed training resumes", "run", "--profile", "--seed", "--data", "--out", "--log-every")
+    verb(train, "train one run; a killed training resumes", "run", "--profile", "--seed", "--data", "--out", "--planned",
+         "--log-every")
     verb(evaluate, "measure trained weights, in training form and merged", "run", "--profile", "--seed", "--data",
-         "--weights", "--out")
+         "--weights", "--out", "--planned")
     verb(track, "replay the runs of a report into MLflow", "report", "--profile", "--seeds", "--out")
     verb(report, "write a table with its figure and provenance", "report", "--profile", "--seeds", "--out")
     verb(ui, "open the MLflow pages")
@@ -142,7 +146,8 @@ _ARGUMENTS = {
     "--data": {"required": True, "type": Path, "help": "folder with data.json"},
     "--weights": {"required": True, "type": Path},
     "--out": {"required": True, "type": Path, "help": "where the results go"},
-    "--log-every": {"type": int, "default": int(os.environ.get("SWCONV_LOG_EVERY", 0)), "metavar": "STEPS",
+    "--planned": {"metavar": "KEY", "help": "from Snakemake: refuse where params or code are not those it planned with"},
+    "--log-every": {"type": int, "default": os.environ.get("SWCONV_LOG_EVERY", "0"), "metavar": "STEPS",
                     "help": "also log every so many steps; SWCONV_LOG_EVERY sets it under Snakemake"},
 }
 
@@ -154,9 +159,17 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.function(args)
     except (OSError, ValueError, RuntimeError) as error:
-        sys.stderr.write(f"swconv {args.verb}: {error}\n")
+        sys.stderr.write(f"swconv {args.verb}: {_sentence(error)}\n")
         return 1
     return 0
+
+
+def _sentence(error: Exception) -> str:
+    """Our own faults are told as they are; what the system refused, with what to do."""
+    if not (isinstance(error, OSError) and error.strerror):
+        return str(error)
+    return (f"{error.filename or 'a file'} needs to be there and open to you, got '{error.strerror}'. "
+            "Check the path, its owner and the free space, then run the same command again.")
 
 
 if __name__ == "__main__":

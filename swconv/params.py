@@ -16,6 +16,8 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from swconv.atomic import write_atomic
+
 Map = Literal["paper", "mini"]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -33,7 +35,16 @@ def _odd(value: int) -> int:
     return value
 
 
+def _even(value: int) -> int:
+    if value % 2:
+        raise PydanticCustomError("even", "an even number is needed")
+    return value
+
+
 Odd = Annotated[Count, AfterValidator(_odd)]
+Even = Annotated[Count, AfterValidator(_even)]
+# timm's words for RandAugment: magnitude, its spread and cap, whether severity increases, number of operations, odds.
+RandAugment = Annotated[str, Field(pattern=r"^rand(-(m\d+|n\d+|w\d+|p[\d.]+|t\d|mstd[\d.]+|mmax\d+|inc[01]))*$")]
 
 
 class _Row(BaseModel):
@@ -123,7 +134,7 @@ class Recipe(_Row):
     mixup: Annotated[float, Field(ge=0)]
     cutmix: Annotated[float, Field(ge=0)]
     mixup_switch: Share
-    rand_augment: str | None
+    rand_augment: RandAugment | None
     random_erasing: Share
     random_resized_crop: bool
     hflip: Share
@@ -169,13 +180,16 @@ class Dataset(_Row):
 
 
 class Machine(_Row):
-    """What bitwise equality depends on: part of a run's identity. BatchNorm sees `micro_batch` images at a time."""
+    """What bitwise equality depends on: part of a run's identity.
+
+    BatchNorm and Mixup see `micro_batch` images at a time; Mixup pairs them, so their number is even.
+    """
 
     device: Literal["cpu", "cuda"]
     threads: Count
     memory_format: Literal["contiguous", "channels_last"]
     amp: Literal["bfloat16"] | None
-    micro_batch: Count | None
+    micro_batch: Even | None
 
 
 class Profile(_Row):
@@ -448,10 +462,10 @@ def load(folder: Path = Path("params")) -> Params:
 
 
 def write_active(path: Path, active: Active) -> None:
-    """Write params/active.yaml, if it changes."""
+    """Write params/active.yaml, if it changes. OSError with one sentence where that is not possible."""
     text = yaml.safe_dump(active.model_dump(mode="json"), default_flow_style=None, sort_keys=False)
     if not path.exists() or path.read_text() != text:
-        path.write_text(text)
+        write_atomic(path, text.encode())
 
 
 def key(identity: str, data_sha256: str, code: str, seed: int, init: str | None = None) -> str:

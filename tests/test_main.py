@@ -22,6 +22,7 @@ heavy = {"torch", "timm", "mlflow", "pandas", "pydantic", "numpy", "yaml"} & sys
 assert not heavy, heavy
 """
 REST = ["--seed", "0", "--data", "d", "--out", "o"]
+REPORT = ["--profile", "smoke", "--seeds", "0", "--out", "o"]
 LIGHT = "import sys, swconv.params, swconv.fingerprint; swconv.params.load(); assert 'torch' not in sys.modules"
 
 
@@ -61,10 +62,39 @@ def one_sentence(capsys, *arguments: str) -> str:
     (["train", "sw11", "--profile", "smok", *REST], "the nearest known name is smoke"),
     (["train", "sw11", "--profile", "smoke", *REST], "run the data rule first"),
     (["data", "--profile", "paper", "--out", "d"], "put the images there"),
-    (["ui"], "mlflow.db, got no such file; make it: snakemake"),
+    (["ui"], "mlflow.db, got no such file; make it: snakemake --cores all --forcerun track"),
+    (["report", "nope", *REPORT], "unknown report nope; the nearest known name is table2"),
+    (["report", "table2", "--profile", "smok", *REPORT[2:]], "unknown profile smok; the nearest known name is smoke"),
+    (["train", "sw11", "--profile", "smoke", *REST, "--planned", "x"], "swconv/ changed since this run was planned"),
+    (["evaluate", "sw11", "--profile", "smoke", "--weights", "w", *REST, "--planned", "x"], "since this run was planned; repeat"),
 ])
 def test_faults_end_in_one_sentence_and_exit_code_1(project, capsys, arguments, sentence):
     assert sentence in one_sentence(capsys, *arguments)
+
+
+def test_what_the_system_refuses_is_told_with_what_to_do(project, capsys):
+    (project / "taken").touch()
+    told = one_sentence(capsys, "data", "--profile", "smoke", "--out", "taken/data")
+    assert told == ("swconv data: taken/data needs to be there and open to you, got 'Not a directory'. "
+                    "Check the path, its owner and the free space, then run the same command again.")
+
+
+def test_a_step_interval_that_is_no_number_is_named_and_spoils_no_help():
+    assert python("-m", "swconv", "train", "--help", SWCONV_LOG_EVERY="ten").returncode == 0
+    done = python("-m", "swconv", "train", "sw11", "--profile", "smoke", *REST, SWCONV_LOG_EVERY="ten")
+    assert done.stderr.splitlines()[-1].endswith("argument --log-every: invalid int value: 'ten'")
+
+
+def test_a_python_without_venv_is_told_in_a_sentence_that_names_the_package(tmp_path):
+    for name in ("Makefile", "requirements.lock", "setup.py"):
+        shutil.copy(name, tmp_path)
+    (tmp_path / "python3").write_text("#!/bin/sh\n[ \"$2\" != 'import ensurepip' ]\n")  # as Debian's, without python3-venv
+    (tmp_path / "python3").chmod(0o755)
+    done = subprocess.run(["make", "setup", "PYTHON=./python3", "VENV=.venv"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0
+    sentence, *rest = done.stderr.splitlines()
+    assert sentence == "make needs ./python3 with its venv module; on Debian and Ubuntu: apt install python3-venv"
+    assert all(line.startswith("make") for line in rest)
 
 
 def test_an_unreadable_image_is_named_before_training(project, capsys):

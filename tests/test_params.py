@@ -66,9 +66,6 @@ def test_table2_has_the_papers_rows_in_its_order(known):
 
 
 @pytest.mark.parametrize(("run", "base", "difference"), [
-    ("sw01", "sw00", {"model.args.laid_out": (False, True), "recipe.sparsity.granularity": ("element", "filter"),
-                      "recipe.sparsity.others": ("all", "body")}),
-    ("sw01_infer", "sw00", {"model.args.laid_out": (False, True)}),
     ("sw03", "sw02", {"model.args.padding": ("full", "half")}),
     ("sw04", "sw03", {"model.args.rep_branches": (1, 2), "recipe.sparsity.others": ("body", "pointwise")}),
     ("sw05", "sw04", {"model.args.norm": ("filter", "branch")}),
@@ -91,13 +88,25 @@ def test_table2_has_the_papers_rows_in_its_order(known):
     ("sw22", "sw20", {"recipe.sparsity.subset": (False, True)}),
     ("sw23", "sw20", {"model.args.kernel_sizes": ([51, 49, 47, 13], [51, 49, [47, 3], 13])}),
     ("sw25", "sw24", {"model.args.use_se": (True, False)}),
-    ("sw26", "sw24", {"model.args.ghost_ratio": (0.23, 0.0), "recipe.epochs": (120, 300)}),
-    ("sw27", "sw24", {"recipe.sparsity.level": (0.3, 0.2), "recipe.epochs": (120, 300)}),
+    ("sw26", "sw24_300", {"model.args.ghost_ratio": (0.23, 0.0)}),
+    ("sw27", "sw24_300", {"recipe.sparsity.level": (0.3, 0.2)}),
+    ("sw01", "sw00_300", {"model.args.laid_out": (False, True), "recipe.sparsity.granularity": ("element", "filter"),
+                          "recipe.sparsity.others": ("all", "body")}),
+    ("sw01_infer", "sw00_300", {"model.args.laid_out": (False, True)}),
+    ("sw16_concat", "sw16", {"recipe.sparsity.scores": ("sum", "concat")}),
 ])
 def test_a_row_differs_from_its_neighbour_by_what_the_paper_says(known, run, base, difference):
     assert changed(known, run, base) == difference
     mini = changed(known, run, base, "mini")
     assert mini.keys() == difference.keys()
+
+
+@pytest.mark.parametrize("run", ["sw00", "sw02", "sw20", "sw24"])
+def test_a_300_epoch_column_is_the_same_row_trained_longer(known, run):
+    assert changed(known, f"{run}_300", run) == {"recipe.epochs": (120, 300)}
+    mini = changed(known, f"{run}_300", run, "mini")
+    assert mini["recipe.epochs"] == (12, 30)
+    assert mini.keys() <= {"recipe.epochs", "recipe.sparsity.update_every"}
 
 
 def test_row_2_is_slak_t_with_one_set_of_shifted_filters(known):
@@ -217,10 +226,12 @@ def test_keys_differ_by_seed_data_and_code():
      "unknown key recipes.slak_tiny_120.epchs; the nearest known name is epochs."),
     ("{update_every: 40}", "{updat_every: 40}", "profiles/mini.yaml",
      "unknown key recipes.slak_tiny_300.sparsity.updat_every; the nearest known name is update_every."),
-    ("    depths: [2, 2]", "    depth: [2, 2]", "profiles/mini.yaml",
+    ("    depths: [1, 2]", "    depth: [1, 2]", "profiles/mini.yaml",
      "unknown key models.sw_tiny.depth; the nearest known name is depths."),
-    ("    depths: [2, 2]", "    depths: [2, two]", "profiles/mini.yaml",
+    ("    depths: [1, 2]", "    depths: [1, two]", "profiles/mini.yaml",
      "models.sw_tiny.depths.1: input should be a valid integer, got 'two'."),
+    ("rand-m9-mstd0.5-inc1", "rand-q9", "recipes.yaml", "recipe slak_tiny_120, rand_augment: string should match pattern"),
+    ("micro_batch: 256", "micro_batch: 255", "profiles/paper.yaml", "machine.micro_batch: an even number is needed, got 255."),
     ("warmup_epochs: 1,", "warmup_epochs: 2,", "profiles/smoke.yaml",
      "recipes.slak_tiny_120: warmup_epochs must be below epochs, got 2 of 2."),
     ("from: mini", "from: mni", "profiles/smoke.yaml", "unknown profile without `from`, mni; the nearest known name is mini."),
@@ -292,7 +303,7 @@ def test_a_file_that_is_not_in_utf8_is_one_sentence(folder):
 
 @pytest.mark.parametrize(("old", "new", "file", "sentence"), [
     ("{small_kernel: 3}", "{small_kernel: 4}", "runs.yaml", "run sw07, model.small_kernel: an odd number is needed, got 4."),
-    ("    dims: [12, 24]\n    kernel_sizes: [13, 13]", "    dims: [12, 24]\n    kernel_sizes: [13, 12]", "profiles/mini.yaml",
+    ("    dims: [10, 20]\n    kernel_sizes: [13, 13]", "    dims: [10, 20]\n    kernel_sizes: [13, 12]", "profiles/mini.yaml",
      "models.sw_tiny.kernel_sizes.1: an odd number is needed, got 12."),
     ("{kernel_sizes: [13, [13, 3]]}", "{kernel_sizes: [13, [13, 2]]}", "runs.yaml",
      "run sw23, mini.model.kernel_sizes.1.1: an odd number is needed, got 2."),
@@ -349,7 +360,7 @@ def test_unknown_run_names_the_nearest(known):
 @pytest.mark.parametrize(("run", "sentence"), [
     ("sw00", "run sw00 needs the network slak_tiny, which swconv.models does not have yet."),
     ("sw01", "run sw01 needs the network slak_tiny, which swconv.models does not have yet."),
-    ("sw01_infer", "run sw01_infer is evaluated with the weights of sw00, not trained."),
+    ("sw01_infer", "run sw01_infer is evaluated with the weights of sw00_300, not trained."),
     ("sw111", "unknown run sw111; the nearest known name is sw11."),
 ])
 def test_what_cannot_be_trained_says_why(known, run, sentence):
@@ -358,7 +369,7 @@ def test_what_cannot_be_trained_says_why(known, run, sentence):
 
 
 def test_every_other_row_can_be_trained(known):
-    for run in known.runs.keys() - {"sw00", "sw01", "sw01_infer"}:
+    for run in known.runs.keys() - {"sw00", "sw00_300", "sw01", "sw01_infer"}:
         known.check_trainable(run)
 
 
@@ -371,6 +382,15 @@ def test_missing_imagenet_says_what_to_put_where(known):
     with pytest.raises(params.ParamsError, match=r"needs imagenet in data/imagenet/.*ln -s"):
         known.check_data("paper")
     known.check_data("mini")
+
+
+def test_active_that_cannot_be_written_is_told_and_stays_whole(folder):
+    path = folder / "active.yaml"
+    before, active = path.read_text(), params.Active(profile="smoke", seeds=(3,), reports_folder="artifacts/smoke/reports")
+    path.with_name(".active.yaml.part").mkdir()
+    with pytest.raises(OSError, match=r"active\.yaml could not be written: Is a directory\. Make room"):
+        params.write_active(path, active)
+    assert path.read_text() == before
 
 
 def test_active_is_written_only_when_it_changes(folder):

@@ -1,7 +1,7 @@
 """The SW operator: the math of shifted small filters, its two forms, and the layer."""
 
 from swconv.ops.module import ShiftwiseConv2d
-from swconv.ops.shift import shift_add, shift_add_ref
+from swconv.ops.shift import responses, shift_add, shift_add_ref
 from swconv.ops.strips import assemble, half_border, strip_branches, strip_branches_ref, strip_mix
 from swconv.ops.tables import ShiftTables, ghost_split, tap_count
 
@@ -11,6 +11,7 @@ __all__ = [
     "assemble",
     "ghost_split",
     "half_border",
+    "responses",
     "shift_add",
     "shift_add_ref",
     "strip_branches",

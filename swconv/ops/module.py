@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from swconv.ops.shift import shift_add
+from swconv.ops.shift import responses, shift_add
 from swconv.ops.strips import assemble, half_border, strip_branches, strip_mix
 from swconv.ops.tables import Order, ShiftTables, ghost_split, tap_count
 
@@ -102,11 +102,9 @@ class ShiftwiseConv2d(nn.Module):
     def responses(self, mixed: Tensor) -> Tensor:
         """Maps of all filters, (B, R * n, H + 2 * halo, W + 2 * halo), normalised when the norm is per filter."""
         pad = self.halo + self.small_kernel // 2
-        groups = mixed.shape[1]
         if self.norm != "filter":
-            return nn.functional.conv2d(mixed, sum(self.filters), padding=pad, groups=groups)
-        return sum(norm(nn.functional.conv2d(mixed, weight, padding=pad, groups=groups))
-                   for norm, weight in zip(self.norms, self.filters, strict=True))
+            return responses(mixed, sum(self.filters), pad)
+        return sum(norm(responses(mixed, weight, pad)) for norm, weight in zip(self.norms, self.filters, strict=True))
 
     def shift(self, maps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The two-step reference: the maps moved to their places and summed."""

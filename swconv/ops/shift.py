@@ -1,9 +1,31 @@
 """The two-step form: convolve with every small filter, then shift the maps and add. The oracle of all other forms."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from swconv.ops import native
+
+
+def responses(x: Tensor, filters: Tensor, padding: int) -> Tensor:
+    """Convolve with every small filter: the first of the two steps.
+
+    One depthwise convolution per tap: one convolution with several outputs per group leaves oneDNN's fast path.
+
+    Parameters
+    ----------
+    x : Tensor of shape (B, R, H, W)
+    filters : Tensor of shape (R * n, 1, N, N)
+    padding : int
+        Zeros on all sides, in pixels.
+
+    Returns
+    -------
+    Tensor of shape (B, R * n, H + 2 * padding - N + 1, W + 2 * padding - N + 1)
+        Channel r * n + k is the response of channel r to its filter k.
+    """
+    taps = filters.unflatten(0, (x.shape[1], -1)).unbind(1)                # n of (R, 1, N, N)
+    return torch.stack([F.conv2d(x, tap, padding=padding, groups=x.shape[1]) for tap in taps], dim=2).flatten(1, 2)
 
 
 def shift_add(
@@ -63,7 +85,7 @@ def _slide(maps: Tensor, pad: Tensor, channels: int, halo: int) -> Tensor:
             if low >= high:
                 continue
             index = (edge == move).nonzero()[:, 0]
-            part = torch.nn.functional.pad(maps[:, index, :, low - move : high - move], (low, length - high))
+            part = F.pad(maps[:, index, :, low - move : high - move], (low, length - high))
             out = out.index_add(1, index // taps, part)
     return out
 

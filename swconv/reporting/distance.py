@@ -88,6 +88,15 @@ def compared_lines(comparison: Comparison, rows: Sequence[Row], controls: Sequen
     return {run: line for run, line in found.items() if line is not None}
 
 
+def slope_differences(lines: Mapping[str, ByDistance], controls: Sequence[Control]) -> dict[str, Interval]:
+    """By control, where it and its row were run: the row's slope minus the control's, in points per cell."""
+    return {
+        control.run: statistics.welch_interval(lines[control.of].slopes, lines[control.run].slopes)
+        for control in controls
+        if control.of in lines and control.run in lines
+    }
+
+
 def draw(lines: Mapping[str, ByDistance], profile: str, path: Path) -> None:
     """Draw the lines, the layout ceiling and chance."""
     draw_lines(
@@ -120,8 +129,20 @@ def caption(profile: str) -> str:
     )
 
 
-def report(lines: Mapping[str, ByDistance], rows: Sequence[Row], controls: Sequence[Control]) -> str:
-    """Slopes and shapes, and for every control whether "SW flat, control falling" holds."""
+def report(
+    lines: Mapping[str, ByDistance], differences: Mapping[str, Interval], rows: Sequence[Row], controls: Sequence[Control]
+) -> str:
+    """Slopes and shapes, and for every control whether "SW flat, control falling" holds.
+
+    Parameters
+    ----------
+    lines : mapping of run id to ByDistance
+        From `compared_lines`.
+    differences : mapping of control's run id to Interval
+        From `slope_differences`.
+    rows : sequence of Row
+    controls : sequence of Control
+    """
     if not lines:
         return "Not run: there is no result by distance."
     table = markdown_table(
@@ -130,9 +151,9 @@ def report(lines: Mapping[str, ByDistance], rows: Sequence[Row], controls: Seque
     )
     labels = {row.run: row.label for row in rows}
     claims = [
-        _claim(labels[control.of], lines[control.of], lines[control.run])
+        _claim(labels[control.of], lines[control.of], lines[control.run], differences[control.run])
         for control in controls
-        if control.of in lines and control.run in lines
+        if control.run in differences
     ]
     method = (
         "One slope per seed, then Student's t interval over seeds. Flat: the interval lies wholly within "
@@ -142,7 +163,7 @@ def report(lines: Mapping[str, ByDistance], rows: Sequence[Row], controls: Seque
     return "\n\n".join([table, *claims, method])
 
 
-def _claim(label: str, sw: ByDistance, control: ByDistance) -> str:
+def _claim(label: str, sw: ByDistance, control: ByDistance, difference: Interval) -> str:
     shapes = (sw.shape, control.shape)
     if NO_VERDICT in shapes:
         verdict = NO_VERDICT
@@ -150,11 +171,10 @@ def _claim(label: str, sw: ByDistance, control: ByDistance) -> str:
         verdict = "holds"
     else:
         verdict = "undecided" if "undecided" in shapes else "does not hold"
-    gap = interval_text(statistics.welch_interval(sw.slopes, control.slopes), 1)
     sentences = [f"**{label} flat, control ({control.label}) falling: {verdict}.**"]
     if verdict != NO_VERDICT:
         sentences.append(f"{label} is {shapes[0]}, the control {shapes[1]}.")
-    sentences.append(f"Their slopes differ by {gap} points {PER_CELL}.")
+    sentences.append(f"Their slopes differ by {interval_text(difference, 1)} points {PER_CELL}.")
     sentences += [
         f"{name} has {line.top1:.1f} % over all distances, below the {LAYOUT_CEILING:.0f} % that need no marker: it "
         "may not use the relation at all, and then its slope says nothing about range."

@@ -66,7 +66,9 @@ def build_table2(
     if full and not full.finished:
         full = None
     lines = distance.compared_lines(small, rows, controls)
-    sheet = _sheet(rows, controls, claims, small, full)
+    slopes = distance.slope_differences(lines, controls)
+    skip = _skip_difference(controls, small)
+    sheet = _sheet(rows, controls, claims, small, full, slopes, skip)
     columns = [column for column in (full, small) if column]
     blocks = [
         "# Table 2 of ShiftwiseConv: the roadmap, row by row",
@@ -81,10 +83,10 @@ def build_table2(
         "## Accuracy against distance",
         f"![Top-1 against the distance between marker and target, SW and controls]({FIGURE.as_posix()})",
         distance.caption(small.profile),
-        distance.report(lines, rows, controls),
+        distance.report(lines, slopes, rows, controls),
         *_alive_section(rows, small),
         "## What this table can and cannot show",
-        _limits(rows, controls, claims, small),
+        _limits(rows, controls, claims, small, skip),
         *_footnotes([*rows, *controls], columns),
     ]
     distance.draw(lines, small.profile, out / FIGURE)
@@ -99,6 +101,8 @@ def _sheet(
     claims: Mapping[str, float],
     small: Comparison,
     full: Comparison | None,
+    slopes: Mapping[str, Interval],
+    skip: Interval | None,
 ) -> Sheet:
     reference = _reference(rows)
     lines: list[dict[str, Cell]] = []
@@ -116,6 +120,12 @@ def _sheet(
         line = {"id": control.run, "run": control.run, "model": control.model}
         line |= _cells(small, control.run, control.of, small.profile)
         line["direction"] = _side_text(small, control)
+        name = f"{small.profile}_row_minus_control_slope_pct_per_{distance.CELL_PIXELS}px"
+        pair = small.of(control.of).finished + small.of(control.run).finished
+        line |= interval_cells(name, slopes.get(control.run), f"% {distance.PER_CELL}", pair)
+        if control is controls[0]:
+            pair = tuple(run for either in controls[:2] for run in small.of(either.run).finished)
+            line |= interval_cells(f"{small.profile}_minus_plain_control_pct", skip, "%", pair)
         lines.append(line)
     if ranks := _ranks(rows, claims, small):
         lines.append({"id": "all rows"} | interval_cells(f"{small.profile}_rank_correlation", ranks[0], "", ranks[1]))
@@ -276,7 +286,13 @@ def _ranks_text(rows: Sequence[Row], claims: Mapping[str, float], small: Compari
     )
 
 
-def _limits(rows: Sequence[Row], controls: Sequence[Control], claims: Mapping[str, float], small: Comparison) -> str:
+def _limits(
+    rows: Sequence[Row],
+    controls: Sequence[Control],
+    claims: Mapping[str, float],
+    small: Comparison,
+    skip: Interval | None,
+) -> str:
     values = claims.values()
     points = [
         "It tests one thing: whether an operator joins places that lie far apart. The label is the class of the one "
@@ -288,7 +304,7 @@ def _limits(rows: Sequence[Row], controls: Sequence[Control], claims: Mapping[st
         "Rows that the seeds cannot tell apart are called undecided and were not tuned until they agree. Fewer than "
         f"{VERDICT_SEEDS} seeds give no verdict.",
         "The skip and its BN matter too: judge the kernel by the control that has both, not by the plain one."
-        + _skip_text(controls, small),
+        + _skip_text(controls, skip),
     ]
     if untrained := [row.label for row in rows if row.run not in small.results]:
         points.append(
@@ -298,14 +314,17 @@ def _limits(rows: Sequence[Row], controls: Sequence[Control], claims: Mapping[st
     return "\n".join(f"- {point}" for point in points)
 
 
-def _skip_text(controls: Sequence[Control], small: Comparison) -> str:
-    """How far the first two controls lie apart, where both were run in one network."""
+def _skip_difference(controls: Sequence[Control], small: Comparison) -> Interval | None:
+    """The first control minus the second, the plain one, where both were run in one network."""
     if len(controls) < 2 or controls[0].of != controls[1].of:
+        return None
+    return small.difference(controls[0].run, controls[1].run)
+
+
+def _skip_text(controls: Sequence[Control], skip: Interval | None) -> str:
+    if skip is None:
         return ""
-    interval = small.difference(controls[0].run, controls[1].run)
-    if interval is None:
-        return ""
-    return f" Here they differ by {interval_text(interval, 1)} points ({controls[0].model}, minus {controls[1].model})."
+    return f" Here they differ by {interval_text(skip, 1)} points ({controls[0].model}, minus {controls[1].model})."
 
 
 def _footnotes(rows: Sequence[Row | Control], columns: Sequence[Comparison]) -> list[str]:

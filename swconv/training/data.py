@@ -42,8 +42,15 @@ class TrainLoader:
     data_dir : Path
         Where `manifest.prepare` wrote.
     seed : int
+    micro_batch : int, optional
+        Images that are loaded, augmented and mixed together; by default a whole batch. What workers hold in memory.
     pin_memory : bool
         For copies to a GPU.
+
+    Attributes
+    ----------
+    parts : int
+        Micro-batches per step.
 
     Raises
     ------
@@ -53,7 +60,8 @@ class TrainLoader:
         While iterating (with `cache: true` at once), naming the file.
     """
 
-    def __init__(self, dataset: dict, recipe: dict, data_dir: Path, seed: int, pin_memory: bool = False):
+    def __init__(self, dataset: dict, recipe: dict, data_dir: Path, seed: int, micro_batch: int | None = None,
+                 pin_memory: bool = False):
         augmented = _is_random(recipe)
         if dataset["cache"] and augmented:
             raise ValueError(
@@ -61,7 +69,8 @@ class TrainLoader:
                 "got random_resized_crop, hflip or rand_augment; set cache: false in params/."
             )
         images = _Images(dataset, data_dir, "train", _train_transform(dataset, recipe), seed if augmented else None)
-        self._batches = _Shuffled(len(images), recipe["batch_size"], seed)
+        self._batches = _Shuffled(len(images), recipe["batch_size"], micro_batch or recipe["batch_size"], seed)
+        self.parts = self._batches.parts
         if not len(self):
             raise ValueError(
                 f"Training needs at least one batch of {recipe['batch_size']} images, got {len(images)} images in "
@@ -71,10 +80,10 @@ class TrainLoader:
 
     def __len__(self) -> int:
         """Steps per epoch; the remainder of an epoch is dropped."""
-        return len(self._batches)
+        return self._batches.steps
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        """Batches of one epoch: images uint8 (B, C, H, W), labels int64 (B,)."""
+        """Micro-batches of one epoch, `parts` for every step: images uint8 (B, C, H, W), labels int64 (B,)."""
         self._batches.epoch = epoch
         yield from self._source
 
@@ -159,7 +168,7 @@ def erasing_for(recipe: dict, device: torch.device | str) -> RandomErasing | Non
 
 
 def mixup_for(recipe: dict, num_classes: int) -> Mixup | None:
-    """timm's Mixup/CutMix of a normalised batch, `images, soft_labels = mixup(images, labels)`, or None if both are 0.
+    """timm's Mixup/CutMix of a normalised micro-batch, `images, soft = mixup(images, labels)`, or None if both are 0.
 
     It draws from numpy's global generator, which belongs in a checkpoint; label smoothing is inside the soft labels.
     """
@@ -168,6 +177,7 @@ def mixup_for(recipe: dict, num_classes: int) -> Mixup | None:
     return Mixup(
         mixup_alpha=recipe["mixup"],
         cutmix_alpha=recipe["cutmix"],
+        switch_prob=recipe["mixup_switch"],
         label_smoothing=recipe["label_smoothing"],
         num_classes=num_classes,
     )
@@ -204,18 +214,20 @@ class _Images(ImageFolder):
 
 
 class _Shuffled:
-    """Lists of (epoch, index) in an order drawn from (seed, epoch)."""
+    """Lists of (epoch, index), a micro-batch each, in an order drawn from (seed, epoch)."""
 
-    def __init__(self, count: int, batch_size: int, seed: int):
-        self.count, self.batch_size, self.seed, self.epoch = count, batch_size, seed, 0
+    def __init__(self, count: int, batch_size: int, micro_batch: int, seed: int):
+        self.count, self.batch_size, self.micro_batch, self.seed, self.epoch = count, batch_size, micro_batch, seed, 0
+        self.steps, self.parts = count // batch_size, -(-batch_size // micro_batch)
 
     def __len__(self) -> int:
-        return self.count // self.batch_size
+        return self.steps * self.parts
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = np.random.RandomState([self.seed, self.epoch]).permutation(self.count)
-        for batch in order[: len(self) * self.batch_size].reshape(len(self), self.batch_size):
-            yield [(self.epoch, index) for index in batch.tolist()]
+        for batch in order[: self.steps * self.batch_size].reshape(self.steps, self.batch_size):
+            for start in range(0, self.batch_size, self.micro_batch):
+                yield [(self.epoch, index) for index in batch[start : start + self.micro_batch].tolist()]
 
 
 class _InOrder:

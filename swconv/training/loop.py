@@ -4,6 +4,7 @@
 then the state lives in checkpoints/<key>/, with a copy of the log.
 """
 
+import ctypes
 import hashlib
 import json
 import logging
@@ -11,8 +12,9 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +110,7 @@ class Training:
         _seed(seed)
         manifest.verify(data_dir)
         pinned = self.device.type == "cuda"
-        self.loader = TrainLoader(dataset, self.recipe, data_dir, seed, pin_memory=pinned)
+        self.loader = TrainLoader(dataset, self.recipe, data_dir, seed, self.machine["micro_batch"], pinned)
         self.val = ValLoader(dataset, data_dir, VAL_BATCH, pin_memory=pinned)
         self.normalise = normaliser(config, self.device)
         self.erasing = erasing_for(self.recipe, self.device)
@@ -139,8 +141,7 @@ class Training:
             self.lines, self.seconds, self.environments = state["lines"], state["seconds"], state["environments"]
         elif self.sparsity:
             images, labels = next(self.loader.epoch(0))
-            first = slice(self.machine["micro_batch"])
-            self.sparsity.initialise(self.normalise(images[first]), labels[first].to(self.device))
+            self.sparsity.initialise(self.normalise(images), labels.to(self.device))
         if environment not in self.environments:
             if self.environments:
                 _log.warning("This run began elsewhere (%s) and goes on here (%s): it no longer ends bit for bit where an "
@@ -157,10 +158,10 @@ class Training:
         """Train one epoch, evaluate if it is due, and return its line of the log."""
         clock, total = time.monotonic(), 0.0
         self.model.train()
-        bar = tqdm(self.loader.epoch(epoch), total=self.steps, desc=f"{title} epoch {epoch}/{self.epochs}", unit="images",
-                   unit_scale=self.recipe["batch_size"], disable=not sys.stderr.isatty(), leave=False)
-        for step, (images, labels) in enumerate(bar, start=(epoch - 1) * self.steps):
-            loss = self.step(step, self.normalise(images), labels.to(self.device))
+        batches, first = self.loader.epoch(epoch), (epoch - 1) * self.steps
+        for step in tqdm(range(first, first + self.steps), desc=f"{title} epoch {epoch}/{self.epochs}", unit="images",
+                         unit_scale=self.recipe["batch_size"], disable=not sys.stderr.isatty(), leave=False):
+            loss = self.step(step, islice(batches, self.loader.parts))
             if not math.isfinite(loss):
                 raise DivergedError(f"the loss became {loss} in epoch {epoch}, step {step + 1}")
             if log_every and (step + 1) % log_every == 0:
@@ -179,20 +180,21 @@ class Training:
         self.lines.append(line)
         return line
 
-    def step(self, step: int, x: Tensor, target: Tensor) -> float:
+    def step(self, step: int, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
         """One optimizer step, its gradient summed over micro-batches; returns the mean loss. No step on a bad loss."""
         self.schedule.step_update(step)
-        if self.erasing:
-            x = self.erasing(x)
-        if self.mixup:
-            x, target = self.mixup(x, target)                         # target: (B, classes), smoothed
-        smoothing = 0.0 if self.mixup else self.recipe["label_smoothing"]
-        size, total = self.machine["micro_batch"] or len(x), 0.0
+        smoothing, total = 0.0 if self.mixup else self.recipe["label_smoothing"], 0.0
         self.optimizer.zero_grad(set_to_none=True)
-        for part, part_target in zip(x.split(size), target.split(size), strict=True):
+        for images, labels in batches:                                # uint8 (b, C, H, W), int64 (b,)
+            x, target = self.normalise(images), labels.to(self.device)
+            if self.erasing:
+                x = self.erasing(x)
+            if self.mixup:
+                x, target = self.mixup(x, target)                     # target: (b, classes), smoothed
             with torch.autocast(x.device.type, torch.bfloat16, enabled=self.machine["amp"] == "bfloat16"):
-                logits = self.model(part)                             # (b, classes)
-                loss = F.cross_entropy(logits, part_target, label_smoothing=smoothing) * (len(part) / len(x))
+                logits = self.model(x)                                # (b, classes)
+                share = len(x) / self.recipe["batch_size"]
+                loss = F.cross_entropy(logits, target, label_smoothing=smoothing) * share
             loss.backward()
             total += loss.item()
         if math.isfinite(total):
@@ -252,8 +254,16 @@ def prepare_machine(machine: Mapping[str, Any]) -> torch.device:
         raise RuntimeError("the profile trains on a GPU (machine.device: cuda), but torch sees none. Use a machine with one, "
                            "or set machine.device: cpu in the profile.")
     torch.set_num_threads(machine["threads"])
+    _keep_freed_memory()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     return torch.device(machine["device"])
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc reuse freed maps: on small maps, new pages from the system cost more than the arithmetic."""
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(-1, 2**30)                                            # M_TRIM_THRESHOLD, bytes
+        mallopt(-3, 2**25)                                            # M_MMAP_THRESHOLD, the largest that glibc takes
 
 
 def normaliser(config: Mapping[str, Any], device: torch.device) -> Callable[[Tensor], Tensor]:

@@ -30,6 +30,7 @@ PER_EPOCH = ("train_loss", "val_loss", "top1", "lr", "density", "images_per_seco
 BATCH_METRICS, BATCH_PARAMS = 1000, 100  # what one log_batch call may hold
 LOCK_SECONDS = 10
 HOST, PORT = "127.0.0.1", 5000  # of the pages
+REFILL = "snakemake --cores all --forcerun track"  # makes a lost database again; without --forcerun nothing is to be done
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # mlflow reads it on import, which the functions below do
 
@@ -84,15 +85,10 @@ def replay(report: str, runs: list[RunFiles], database: Path) -> dict[str, str]:
         The database cannot be opened, written or locked, or was written by another version of MLflow.
     """
     wanted = _wanted(report, runs)
-    with _locked(database):
-        from mlflow.exceptions import MlflowException
-
-        try:
-            client = _client(database)
-            experiment = _experiment(client, _title(report, wanted[0].tags["profile"]), database)
-            return _synchronise(client, experiment, wanted)
-        except MlflowException as error:
-            raise OSError(_cannot(database, str(error).partition(". ")[0])) from error
+    with _locked(database), _one_sentence(database):
+        client = _client(database)
+        experiment = _experiment(client, _title(report, wanted[0].tags["profile"]), database)
+        return _synchronise(client, experiment, wanted)
 
 
 def ui_command(database: Path, refill: str) -> list[str]:
@@ -115,16 +111,23 @@ def ui_command(database: Path, refill: str) -> list[str]:
 
 
 def comparisons(database: Path) -> dict[str, str]:
-    """Address of MLflow's page that compares the rows of each report, by the experiment's title."""
+    """Address of MLflow's page that compares the rows of each report, by the experiment's title.
+
+    Raises
+    ------
+    OSError
+        The database cannot be opened or written, or was written by another version of MLflow.
+    """
     from mlflow.entities import ViewType
 
-    client = _client(database)
     pages = {}
-    for experiment in client.search_experiments(ViewType.ACTIVE_ONLY):
-        rows = [run.info.run_id for run in _runs(client, experiment.experiment_id) if "seed" not in run.data.tags]
-        if rows:
-            query = urlencode({"runs": json.dumps(rows), "experiments": json.dumps([experiment.experiment_id])})
-            pages[experiment.name] = f"http://{HOST}:{PORT}/#/compare-runs?{query}"
+    with _one_sentence(database):
+        client = _client(database)
+        for experiment in client.search_experiments(ViewType.ACTIVE_ONLY):
+            rows = [run.info.run_id for run in _runs(client, experiment.experiment_id) if "seed" not in run.data.tags]
+            if rows:
+                query = urlencode({"runs": json.dumps(rows), "experiments": json.dumps([experiment.experiment_id])})
+                pages[experiment.name] = f"http://{HOST}:{PORT}/#/compare-runs?{query}"
     return pages
 
 
@@ -359,7 +362,7 @@ def _client(database: Path) -> "MlflowClient":
     from mlflow import MlflowClient
 
     for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # their errors are raised too, and told in a sentence
     return MlflowClient(tracking_uri=_uri(database))
 
 
@@ -369,26 +372,35 @@ def _uri(database: Path) -> str:
 
 @contextmanager
 def _locked(database: Path) -> Iterator[None]:
-    """One replay at a time, on a database that can be written.
-
-    MLflow itself would try for minutes, and processes that create a database at the same time crash.
-    """
+    """One replay at a time: processes that create a database at the same time crash."""
     with ExitStack() as stack:
         try:
             database.parent.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context(database.with_name(f"{database.name}.lock").open("w"))
             fcntl.flock(lock, fcntl.LOCK_EX)
-            with closing(sqlite3.connect(database, timeout=LOCK_SECONDS, isolation_level=None)) as connection:
-                connection.execute("PRAGMA journal_mode=WAL")
-                connection.execute("BEGIN IMMEDIATE")
-                connection.execute("ROLLBACK")
-        except (OSError, sqlite3.Error) as error:
-            raise OSError(_cannot(database, getattr(error, "strerror", None) or str(error))) from error
+        except OSError as error:
+            raise OSError(_cannot(database, error.strerror)) from error
         yield
+
+
+@contextmanager
+def _one_sentence(database: Path) -> Iterator[None]:
+    """Work on a database that can be written; MLflow itself would try for minutes. Faults end in one sentence."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        with closing(sqlite3.connect(database, timeout=LOCK_SECONDS, isolation_level=None)) as connection:
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("ROLLBACK")
+        yield
+    except (sqlite3.Error, MlflowException, SQLAlchemyError) as error:
+        raise OSError(_cannot(database, re.split(r"\. |\n", str(error))[0])) from error
 
 
 def _cannot(database: Path, got: str) -> str:
     return (
-        f"The replay into MLflow needs to write the database {database}, got '{got}'; close what else writes to it, "
-        "check permissions and free space, or delete it and replay again: no result is lost."
+        f"MLflow needs to write the database {database}, got '{got}'; close what else writes to it, check permissions and "
+        f"free space, or delete it and make it again: {REFILL}. No result is lost."
     )

@@ -7,12 +7,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from swconv.ops import shift_add, shift_add_ref
+from swconv.ops import responses, shift_add, shift_add_ref
 
 GOLDEN = Path("tests/golden")
 MANIFEST = json.loads((GOLDEN / "manifest.json").read_text())
 FILES = ["op_mp_a", "op_mp_b", "op_mp_e", "op_mp_g", "op_mp_padhalf_a"]
 I32 = torch.int32
+
+
+@pytest.mark.parametrize("padding", [1, 2])
+def test_responses_are_those_of_one_grouped_convolution(padding):
+    x, filters = torch.randn(2, 3, 6, 5, dtype=torch.float64), torch.randn(12, 1, 3, 3, dtype=torch.float64)
+    expected = torch.nn.functional.conv2d(x, filters, padding=padding, groups=3)
+    torch.testing.assert_close(responses(x, filters, padding), expected, atol=1e-14, rtol=0)
 
 
 def test_one_hot_map_lands_on_its_tap():

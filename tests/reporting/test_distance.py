@@ -16,6 +16,11 @@ def _line(label, *seeds):
     return ByDistance(label, runs, (2, 3, 4, 5), tuple(zip(*seeds, strict=True)))
 
 
+def _report(sw, control):
+    lines = {"sw03": sw, "control": control}
+    return distance.report(lines, distance.slope_differences(lines, [CONTROL]), [ROW], [CONTROL])
+
+
 FLAT = _line("#3 SW", [90.0, 89, 91, 90], [88.0, 88, 88, 89], [91.0, 90, 90, 90])
 FALLING = _line("3x3", [84.0, 80, 63, 47], [85.0, 78, 62, 50], [83.0, 80, 65, 44])
 NOISY = _line("3x3", [60.0, 60, 60, 60], [60.0, 50, 40, 30], [60.0, 62, 58, 64])
@@ -51,18 +56,25 @@ def test_shape(line, shape):
     ],
 )
 def test_the_claim_is_judged_whichever_way_it_comes_out(sw, control, verdict):
-    text = distance.report({"sw03": sw, "control": control}, [ROW], [CONTROL])
+    text = _report(sw, control)
     assert f"#3 flat, control ({control.label}) falling: {verdict}.**" in text
 
 
+def test_slope_differences_are_the_row_minus_its_control_where_both_were_run():
+    sw, control = _line("#3 SW", [90.0, 90, 90, 90], [92.0, 91, 90, 89]), _line("3x3", [90.0, 85, 80, 75], [90.0, 84, 78, 72])
+    difference = distance.slope_differences({"sw03": sw, "control": control}, [CONTROL])["control"]
+    assert difference.estimate == pytest.approx((0 - 1) / 2 - (-5 - 6) / 2)
+    assert distance.slope_differences({"sw03": sw}, [CONTROL]) == {}
+
+
 def test_a_control_below_the_layout_ceiling_is_named():
-    text = distance.report({"sw03": FLAT, "control": LOW}, [ROW], [CONTROL])
+    text = _report(FLAT, LOW)
     assert "The control has 23.7 % over all distances, below the 43 %" in text
     assert "#3 has" not in text
 
 
 def test_nothing_run_says_so():
-    assert distance.report({}, [ROW], [CONTROL]) == "Not run: there is no result by distance."
+    assert distance.report({}, {}, [ROW], [CONTROL]) == "Not run: there is no result by distance."
 
 
 def test_the_layout_ceiling_is_what_the_best_marker_blind_rule_reaches():

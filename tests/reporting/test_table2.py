@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 
 from swconv.__main__ import main
+from swconv.reporting import distance
 from swconv.reporting.comparison import Control, Row
 from swconv.reporting.runs import Evidence
+from swconv.reporting.statistics import Interval
+from swconv.reporting.table import interval_text
 from swconv.reporting.table2 import build_table2
 
 PAPER = Path(__file__).parents[2] / "reports" / "paper" / "sw_table2.csv"
@@ -53,7 +56,7 @@ def _seed(root, run, seed, top1, by_distance=FLAT, profile="mini", **circumstanc
     metrics = {"top1": {"value": top1, "unit": "%"}, "images": {"value": 2000, "unit": "images"}}
     if profile != "paper":
         metrics |= {
-            f"top1_distance_{cells}": {"value": top1 + change, "unit": "%"}
+            f"top1_distance_{cells}": {"value": top1 + change * (1 + seed / 10), "unit": "%"}
             for cells, change in zip((2, 3, 4, 5), by_distance, strict=True)
         }
     if run != "sw12" and not run.startswith("control"):
@@ -83,6 +86,14 @@ def tree(tmp_path):
     return tmp_path
 
 
+@pytest.fixture
+def whole(tree):
+    """The tree with the plain control, below what needs no marker, so that no sentence of the page is left out."""
+    for seed, value in enumerate((24.0, 25.0, 27.0)):
+        _seed(tree, "control_dw3", seed, value, (8.0, 4.0, -4.0, -8.0))
+    return tree
+
+
 def _build(root, out="reports", seeds=(0, 1, 2), rows=ROWS, controls=CONTROLS, **options):
     proxy = Evidence("mini", seeds, root / "artifacts")
     build_table2(rows, controls, proxy, root / out, command=COMMAND, paper=PAPER, **options)
@@ -98,6 +109,12 @@ def _cells(text, first):
 def _spreadsheet(root, out="reports"):
     with (root / out / "table2.csv").open(newline="") as file:
         return {row["id"]: row for row in csv.DictReader(file)}
+
+
+def _provenance(root):
+    """What a report wrote, and its entries by row and column."""
+    record = json.loads((root / "reports" / "table2.provenance.json").read_text())
+    return record, {(entry["cell"]["row"], entry["cell"]["column"]): entry for entry in record["cells"]}
 
 
 @pytest.mark.parametrize(
@@ -167,13 +184,12 @@ def test_the_long_range_claim_is_computed_from_the_runs(tree):
     assert "falling: holds.** #3 is flat, the control falling." in _build(tree)
 
 
-def test_every_number_of_the_spreadsheet_has_provenance_and_vice_versa(tree):
-    _build(tree)
-    record = json.loads((tree / "reports" / "table2.provenance.json").read_text())
-    traced = {(entry["cell"]["row"], entry["cell"]["column"]): entry for entry in record["cells"]}
+def test_every_number_of_the_spreadsheet_has_provenance_and_vice_versa(whole):
+    _build(whole)
+    record, traced = _provenance(whole)
     measured = {
         (key, column): float(value)
-        for key, row in _spreadsheet(tree).items()
+        for key, row in _spreadsheet(whole).items()
         for column, value in row.items()
         if column not in ("id", "run", "model", "paper_top1_pct") and re.fullmatch(r"-?\d+(\.\d+)?(e-\d+)?", value)
     }
@@ -181,12 +197,15 @@ def test_every_number_of_the_spreadsheet_has_provenance_and_vice_versa(tree):
     assert len(traced) == len(record["cells"]) > 50
     for entry in record["cells"]:
         assert entry["n"] == len(entry["seeds"]) >= 2
-        assert all(record["runs"][path]["git_commit"] and (tree / path).exists() for path in entry["runs"])
+        assert all(record["runs"][path]["git_commit"] and (whole / path).exists() for path in entry["runs"])
     assert record["runs"]["artifacts/mini/evaluate/sw09/seed1/metrics.json"]["key"] == "train-sw09-1-0123456789abcdef"
-    difference = traced["#9", "mini_difference_pct"]["runs"]
-    assert difference == [
-        f"artifacts/mini/evaluate/{run}/seed{k}/metrics.json" for run in ("sw09", "sw03") for k in range(3)
-    ]
+    for row, column, pair in (
+        ("#9", "difference_pct", ("sw09", "sw03")),
+        ("control_dw3", "row_minus_control_slope_pct_per_8px", ("sw03", "control_dw3")),
+        ("control_dw3_skip", "minus_plain_control_pct", ("control_dw3_skip", "control_dw3")),
+    ):
+        paths = [f"artifacts/mini/evaluate/{run}/seed{k}/metrics.json" for run in pair for k in range(3)]
+        assert [traced[row, f"mini_{column}{end}"]["runs"] for end in ("", "_low", "_high")] == [paths] * 3
 
 
 def test_the_spreadsheet_has_the_same_columns_whatever_was_run(tree):
@@ -197,15 +216,45 @@ def test_the_spreadsheet_has_the_same_columns_whatever_was_run(tree):
     assert whole[:8] == ["id", "run", "model", "paper_top1_pct", "mini_state", "mini_top1_pct", "mini_sd_pct", "mini_n"]
 
 
-def test_every_number_of_the_page_is_in_the_spreadsheet(tree):
-    text, sheet = _build(tree), _spreadsheet(tree)
-    for label in ("#3", "#9", "#10", "#11", "#12"):
-        shown = _cells(text, label)[3]
-        row = sheet[label]
-        spread = f"{float(row['mini_top1_pct']):.1f} ± {float(row['mini_sd_pct']):.1f} (n = {row['mini_n']}"
-        assert shown.startswith(spread)
-    rho = float(sheet["all rows"]["mini_rank_correlation"])
-    assert f"over the 5 rows that have both: {rho:+.2f} [" in text
+def test_every_number_of_the_page_is_in_the_spreadsheet_and_has_provenance(whole):
+    """Place by place; then nothing with a decimal is left but what the paper or the package fixed."""
+    page, sheet, (_, traced) = _build(whole).split("\n[^")[0], _spreadsheet(whole), _provenance(whole)
+
+    def number(row, column):
+        assert traced[row, f"mini_{column}"]["value"] == float(sheet[row][f"mini_{column}"])
+        return float(sheet[row][f"mini_{column}"])
+
+    def interval(row, column, digits=1):
+        return interval_text(Interval(*(number(row, column + end) for end in ("", "_low", "_high")), seeds=3), digits)
+
+    labels, controls = ["#3", "#9", "#10", "#11", "#12"], [control.run for control in CONTROLS]
+    measured = {
+        r"\d+\.\d+ ± \d+\.\d+ \(n = \d": [
+            f"{number(row, 'top1_pct'):.1f} ± {number(row, 'sd_pct'):.1f} (n = {number(row, 'n'):.0f}"
+            for row in labels + controls
+        ],
+        r"[+-]\d+\.\d+ \[.*?\]": [
+            *(interval(row, "difference_pct") for row in labels[1:] + controls),
+            interval("all rows", "rank_correlation", 2),
+            *(interval(row, "slope_pct_per_8px") for row in labels[:1] + controls),
+            *(interval(row, "row_minus_control_slope_pct_per_8px") for row in controls),
+            interval("control_dw3_skip", "minus_plain_control_pct"),
+        ],
+        r"has \d+\.\d+ % over all": [f"has {number('control_dw3', 'top1_pct'):.1f} % over all"],
+        r"^\| #\d+ \| \d+\.\d+ \| \d+\.\d+ \|$": [
+            "| {} | {:.1f} | {:.1f} |".format(row, *(number(row, f"filters_alive_stage{stage}_pct") for stage in (1, 2)))
+            for row in labels[:4]
+        ],
+    }
+    for pattern, numbers in measured.items():
+        assert re.findall(pattern, page, re.M) == numbers
+        page = re.sub(pattern, "", page, flags=re.M)
+    assert page.count("Their slopes differ by  points per 8 px.") == len(controls)
+    assert page.count("Here they differ by  points (") == 1
+    claims = [row["paper_top1_pct"] for row in sheet.values() if row["paper_top1_pct"]]
+    span = f"{max(map(float, claims)) - min(map(float, claims)):.2f}"
+    fixed = {"2.11", f"{distance.FLAT_MARGIN}", f"{0.05 * 4:.1f}", span}  # torch, margin, 4 intervals by chance, span
+    assert set(re.findall(r"\d+\.\d+", page)) == {*claims, *fixed}
 
 
 def test_filters_that_live_are_shown_by_stage(tree):

@@ -31,6 +31,7 @@ PLAIN = {
     "random_erasing": 0.0,
     "mixup": 0.0,
     "cutmix": 0.0,
+    "mixup_switch": 0.5,
     "label_smoothing": 0.0,
 }
 AUGMENTED = PLAIN | {"random_resized_crop": True, "hflip": 0.5, "rand_augment": "rand-m9-mstd0.5-inc1"}
@@ -75,6 +76,14 @@ def test_an_epoch_holds_no_image_twice_and_drops_the_remainder(folder):
     images, _ = _join(loader.epoch(1))
     assert len(loader) == 7
     assert len(images.flatten(1).unique(dim=0)) == len(images) == 56
+
+
+def test_micro_batches_are_the_batches_in_parts(folder):
+    whole = data.TrainLoader(DIGITS, PLAIN, folder, seed=0)
+    parted = data.TrainLoader(DIGITS, PLAIN, folder, seed=0, micro_batch=3)
+    assert (len(whole), whole.parts, len(parted), parted.parts) == (7, 1, 7, 3)
+    assert [len(images) for images, _ in parted.epoch(1)] == 7 * [3, 3, 2]
+    assert all(map(torch.equal, _join(whole.epoch(1)), _join(parted.epoch(1))))
 
 
 def test_images_keep_their_labels_when_shuffled(folder):
@@ -181,6 +190,15 @@ def test_input_is_normalised_per_channel_in_the_asked_memory_format():
 def test_mean_that_does_not_fit_the_channels_is_refused():
     with pytest.raises(ValueError, match="got 1 channels, 3 means and 1 stds"):
         data.to_input(torch.zeros(1, 1, 2, 2, dtype=torch.uint8), [0.1] * 3, [0.2], "cpu", "contiguous")
+
+
+@pytest.mark.parametrize(("switch", "mixes"), [(0.0, True), (1.0, False)])
+def test_mixup_switch_is_the_share_of_cutmix(switch, mixes):
+    """Mixup blends all pixels, CutMix moves whole ones."""
+    mixup = data.mixup_for(PLAIN | {"mixup": 0.8, "cutmix": 1.0, "mixup_switch": switch}, num_classes=10)
+    np.random.seed(1)
+    images, _ = mixup(torch.arange(2.0).view(2, 1, 1, 1).repeat(1, 1, 8, 8), torch.tensor([0, 1]))
+    assert bool(((images > 0) & (images < 1)).any()) is mixes
 
 
 def test_mixup_is_a_function_of_numpys_generator():

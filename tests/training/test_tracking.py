@@ -187,6 +187,30 @@ def test_file_that_is_no_database_stops_with_a_sentence(tmp_path, runs):
         replay("table2", runs, tmp_path / "mlflow.db")
 
 
+def test_pages_of_a_file_that_is_no_database_stop_with_a_sentence(tmp_path):
+    (tmp_path / "mlflow.db").write_text("this is not a database, " * 100)
+    with pytest.raises(OSError, match="needs to write the database .*mlflow.db, got 'file is not a database'"):
+        tracking.comparisons(tmp_path / "mlflow.db")
+
+
+@pytest.mark.parametrize(("limit", "there"), [(300_000, False), (40_000, True)])
+def test_a_full_disk_stops_with_a_sentence_and_nothing_else(tmp_path, runs, database, limit, there):
+    """A limit on file size makes the system refuse the bytes, as a full disk does: of a new database, of one more run."""
+    if not there:
+        database.unlink()
+    code = (
+        "import resource, sys; from pathlib import Path; from swconv.training.tracking import RunFiles, replay\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); root = Path(sys.argv[1])\n"
+        "try: replay('table2', [RunFiles('sw03', 0, root / 'train/sw03/seed0', root / 'evaluate/sw03/seed0')], "
+        "root / 'mlflow.db')\n"
+        "except OSError as error: sys.exit(str(error))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.PIPE, text=True, check=False)
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"MLflow needs to write the database {database}, got ")
+    assert line.endswith("make it again: snakemake --cores all --forcerun track. No result is lost.")
+
+
 def test_place_that_cannot_be_written_stops_with_a_sentence(tmp_path, runs):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="needs to write the database .*mlflow.db, got 'File exists'"):
@@ -204,7 +228,7 @@ def test_database_of_another_mlflow_version_stops_with_a_sentence(tmp_path, runs
     with closing(sqlite3.connect(database)) as connection, connection:
         connection.execute("UPDATE alembic_version SET version_num = 'feedbeef'")
     result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.PIPE, text=True, check=False)
-    assert result.stderr.splitlines()[-1].startswith("OSError: The replay into MLflow needs to write the database")
+    assert result.stderr.splitlines()[-1].startswith("OSError: MLflow needs to write the database")
 
 
 def test_malformed_line_is_named_with_its_number(tmp_path, runs):

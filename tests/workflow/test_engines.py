@@ -1,6 +1,9 @@
 """Snakemake and DVC make the same things from the same parameters, and neither repeats what the other did."""
 
+import json
 import shutil
+
+import pytest
 
 UP_TO_DATE = "Data and pipelines are up to date."
 NOTHING = "Nothing to be done"
@@ -35,6 +38,19 @@ def test_what_dvc_makes_snakemake_leaves_alone(finished):
     assert NOTHING in finished.snakemake()
     assert UP_TO_DATE in finished.run("dvc", "repro")
     assert finished.results() == results
+
+
+def test_dvc_starts_from_nothing(fresh, tmp_path):
+    project = fresh.copy(tmp_path / "project")
+    project.keep_rows("sw03", "sw15")
+
+    project.run("dvc", "repro")
+    results = project.results()
+
+    assert len(results) == 4
+    assert NOTHING in project.snakemake()
+    assert UP_TO_DATE in project.run("dvc", "repro")
+    assert project.results() == results
 
 
 def test_seeds_changed_and_changed_back_repeat_no_run(finished):
@@ -99,10 +115,73 @@ def test_a_clone_takes_over_what_dvc_pulled(finished, tmp_path):
     assert clone.results() == results
 
 
-def test_a_dependency_taken_from_dvc_yaml_is_drift(finished):
-    finished.replace("dvc.yaml", "      - swconv/models\n", "")
+@pytest.mark.parametrize(("dep", "path", "stage"), [
+    ("swconv/models", "swconv/models/sw.py", "run@smoke-sw03"),
+    ("swconv/training/tracking.py", "swconv/training/tracking.py", "table2@smoke"),
+    ("workflow/rules/train.smk", "workflow/rules/train.smk", "run@smoke-sw03"),
+])
+def test_a_dependency_taken_from_dvc_yaml_is_drift(finished, dep, path, stage):
+    finished.replace("dvc.yaml", f"      - {dep}\n", "")
     found = finished.script("check_drift.py", code=1)
-    assert "swconv/models/sw.py: read for stage run@smoke-sw03, missing among its deps" in found
+    assert f"{path}: read for stage {stage}, missing among its deps" in found
+
+
+@pytest.mark.parametrize(("path", "old", "new", "jobs", "stage"), [
+    ("swconv/training/tracking.py", "BATCH_PARAMS = 1000, 100", "BATCH_PARAMS = 500, 100", {}, "table2@smoke:"),
+    ("workflow/rules/evaluate.smk", "swconv evaluate", "swconv  evaluate", {"evaluate": 18}, "run@smoke-sw03:"),
+    ("workflow/rules/track.smk", "swconv track", "swconv  track", {}, "table2@smoke:"),
+])
+def test_an_edit_that_one_engine_sees_the_other_sees_too(finished, path, old, new, jobs, stage):
+    finished.replace(path, old, new)
+    assert finished.planned() == {**jobs, "track": 1, "table2": 1}
+    assert stage in finished.run("dvc", "status")
+
+
+@pytest.mark.parametrize("command", [["snakemake", "--cores", "all"], ["dvc", "repro"]], ids=["snakemake", "dvc"])
+def test_nothing_is_recorded_of_a_run_during_which_params_were_edited(finished, command):
+    lock = (finished.root / "dvc.lock").read_text()
+    finished.replace("workflow/rules/track.smk", '"python -m', "\"echo '# edited' >> params/runs.yaml; python -m")
+
+    printed = finished.run(*command, code=command[0] == "dvc")
+    assert "Nothing is recorded in dvc.lock: params/, csrc/, swconv/ or a rule changed during the run" in printed
+    assert "Traceback" not in printed
+    assert (finished.root / "dvc.lock").read_text() == lock
+
+    assert NOTHING in finished.snakemake()
+    assert UP_TO_DATE in finished.run("dvc", "status")
+
+
+def test_a_job_refuses_a_row_that_was_edited_since_its_run_was_planned(finished):
+    target, results = "artifacts/smoke/train/sw15/seed0/metrics.json", finished.results()
+    finished.replace("workflow/rules/train.smk", '"python -m', '"sed -i s/concat/sum/ params/runs.yaml; python -m')
+    printed = finished.snakemake(target, code=1)
+    assert "swconv train: csrc/, params/ or swconv/ changed since this run was planned; repeat the command." in printed
+    assert finished.results().items() < results.items()
+
+
+def test_the_sentence_about_a_lost_database_names_the_command_that_makes_it(finished):
+    for path in finished.root.glob("mlflow.db*"):
+        path.unlink()
+    assert NOTHING in finished.snakemake()
+    command = finished.run("python", "-m", "swconv", "ui", code=1).partition("make it: ")[2].split()
+    assert command[0] == "snakemake"
+    finished.run(*command)
+    assert (finished.root / "mlflow.db").exists()
+
+
+def test_a_report_that_fails_leaves_the_old_one(finished):
+    reports = finished.root / "artifacts/smoke/reports"
+    old = {path: path.read_bytes() for path in reports.rglob("*") if path.is_file()}
+    claims = (finished.root / "reports/paper/sw_table2.csv").read_text()
+    (finished.root / "reports/paper/sw_table2.csv").write_text("no,claims\n")
+
+    finished.snakemake(code=1)
+    assert len(old) == 4
+    assert {path: path.read_bytes() for path in reports.rglob("*") if path.is_file()} == old
+
+    (finished.root / "reports/paper/sw_table2.csv").write_text(claims)
+    finished.snakemake()
+    assert finished.planned() == {}
 
 
 def test_a_broken_dvc_spoils_no_run(finished):
@@ -113,5 +192,10 @@ def test_a_broken_dvc_spoils_no_run(finished):
     assert (finished.root / "artifacts/smoke/reports/table2.md").exists()
 
 
-def test_a_recorded_run_keeps_no_checkpoint(finished):
-    assert list(finished.root.glob("checkpoints/*")) == []
+def test_a_run_trains_anew_each_time_that_it_is_forced(finished):
+    target = "artifacts/smoke/train/sw15/seed0/metrics.json"  # of one seed of two, so that no stage can be recorded
+    finished.activate("smoke", [0, 1], "artifacts/smoke/reports")
+    for _ in range(2):
+        assert list(finished.root.glob("checkpoints/*")) == []
+        finished.snakemake("--forcerun", "train", "--", target)
+        assert json.loads((finished.root / target).with_name("run.json").read_text())["resumed_from_epoch"] is None

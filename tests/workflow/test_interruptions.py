@@ -40,7 +40,7 @@ def test_the_whole_tree_killed_ends_with_the_weights_of_an_undisturbed_run(finis
     driver.wait()
     finished.snakemake(f"{RUN}/metrics.json")
 
-    assert json.loads((finished.root / RUN / "run.json").read_text())["resumed_from_epoch"] > 0
+    assert 0 < json.loads((finished.root / RUN / "run.json").read_text())["resumed_from_epoch"] < 60
     for name in ("weights.safetensors", "metrics.json"):
         assert (finished.root / RUN / name).read_bytes() == (undisturbed.root / RUN / name).read_bytes()
 

@@ -1,5 +1,6 @@
 """What a dry run lists, and the one sentence that it prints instead when the parameters are wrong."""
 
+import shutil
 import time
 
 import pytest
@@ -31,6 +32,7 @@ def test_comments_in_python_csrc_and_params_list_nothing(finished):
     ("swconv/training/loop.py", "VAL_BATCH = 125", {"train": 18, "evaluate": 18, **TABLE}),
     ("swconv/training/evaluation.py", "EXTRA = 1", {"evaluate": 18, **TABLE}),
     ("swconv/reporting/table2.py", "EXTRA = 1", {"table2": 1}),
+    ("swconv/build.py", "EXTRA = 1", {}),
     ("csrc/strips_cpu.cpp", "static int extra = 1;", {"build": 1, "train": 18, "evaluate": 18, **TABLE}),
 ])
 def test_other_code_lists_the_jobs_that_use_it(finished, path, text, jobs):
@@ -46,8 +48,12 @@ def test_a_row_equal_to_an_earlier_one_is_not_trained(finished):
     assert finished.planned() == {"same_as": 2, **TABLE}
 
 
-def test_a_lost_build_record_trains_nothing_again(finished):
-    (finished.root / "artifacts/smoke/build/build.json").unlink()
+@pytest.mark.parametrize("left", [None, "", '{"library": {"pa', "{}", "[]"])
+def test_a_build_record_that_is_lost_or_cut_short_trains_nothing_again(finished, left):
+    record = finished.root / "artifacts/smoke/build/build.json"
+    record.unlink()
+    if left is not None:
+        record.write_text(left)
     finished.replace("params/runs.yaml", "scores: concat", "scores: concat, level: 0.35")
     assert finished.planned() == {"train": 1, "evaluate": 1, **TABLE}
 
@@ -59,6 +65,17 @@ def test_only_a_real_run_writes_what_config_asks_for(finished):
     assert active.read_text() == before
     finished.snakemake("artifacts/smoke/train/sw03/seed0/metrics.json", "--config", "seeds=0,1")  # nothing to do
     assert active.read_text() == before.replace("[0]", "[0, 1]")
+
+
+@pytest.mark.parametrize("job", [[], ["--forcerun", "data"]], ids=["nothing to do", "a job to run"])
+def test_what_config_asks_for_and_cannot_be_kept_ends_in_one_sentence(finished, job):
+    before = (finished.root / "params/active.yaml").read_text()
+    (finished.root / "params/.active.yaml.part").mkdir()  # where the new text would be written first
+    printed = finished.snakemake("artifacts/smoke/data/data.json", *job, "--config", "seeds=0,1", code=1)
+    assert printed.splitlines()[-1].startswith("params/active.yaml could not be written: Is a directory. ")
+    assert "Traceback" not in printed
+    assert "Error" not in printed
+    assert (finished.root / "params/active.yaml").read_text() == before
 
 
 def test_a_gpu_is_asked_for_only_where_the_profile_computes_on_one(fresh, tmp_path):
@@ -85,7 +102,25 @@ def test_what_is_not_known_is_told_in_a_sentence(fresh, arguments, sentence):
     assert "Error" not in printed
 
 
-def test_a_misspelt_key_stops_a_dry_run_with_one_sentence_within_three_seconds(fresh, tmp_path):
+def test_a_folder_that_cannot_be_written_is_told_in_one_sentence(fresh, tmp_path):
+    project = fresh.copy(tmp_path / "project")
+    shutil.rmtree(project.root / ".snakemake", ignore_errors=True)
+    (project.root / ".snakemake").touch()
+    printed = project.snakemake("-n", code=1)
+    assert printed.count("\n") == 1
+    assert printed.startswith(f"Snakemake needs to write in {project.root}, got 'File exists' for .snakemake. Check its owner")
+
+
+@pytest.mark.parametrize("script", ["adopt.py", "dvc_sync.py"])
+def test_a_misspelt_key_stops_a_script_with_one_sentence(fresh, tmp_path, script):
+    project = fresh.copy(tmp_path / "project")
+    project.replace("params/runs.yaml", "ghost_ratio: 0.23", "ghost_ration: 0.23")
+    printed = project.script(script, code=1)
+    assert printed.count("\n") == 1
+    assert printed.startswith("params/runs.yaml:")
+
+
+def test_a_misspelt_key_stops_a_dry_run_a_dry_run_with_one_sentence_within_three_seconds(fresh, tmp_path):
     project = fresh.copy(tmp_path / "project")
     project.replace("params/runs.yaml", "ghost_ratio: 0.23", "ghost_ration: 0.23")
     seconds = []

@@ -17,6 +17,7 @@ rule evaluate:
     params:
         row=row,
         code=fingerprint("swconv.training.evaluation", csrc=True),
+        planned=planned("swconv.training.evaluation"),
         data=subpath(input.data, parent=True),
         out=subpath(output.metrics, parent=True),
     log:
@@ -26,4 +27,4 @@ rule evaluate:
         gpu=machine_gpus,
     shell:
         "python -m swconv evaluate {wildcards.run} --profile {wildcards.profile} --seed {wildcards.seed}"
-        " --data {params.data} --weights {input.weights} --out {params.out} 2>&1 | tee {log}"
+        " --data {params.data} --weights {input.weights} --out {params.out} --planned {params.planned} 2>&1 | tee {log}"

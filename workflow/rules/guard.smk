@@ -62,17 +62,29 @@ def restore_library():
     Else the first row that changes would have Snakemake build, and then train all others again too.
     """
     for profile in {path.parts[1] for path in Path("artifacts").glob("*/train/*/seed*/metrics.json")}:
-        folder = Path("artifacts", profile, "build")
-        record, meaning = folder / "build.json", folder / "csrc.meaning"
-        library = Path(json.loads(record.read_text())["library"]["path"]) if record.exists() else record
-        if not (library.exists() and meaning.exists()):
+        record, meaning = (Path("artifacts", profile, "build", name) for name in ("build.json", "csrc.meaning"))
+        if not (has_library(record) and meaning.exists()):
             done = subprocess.run(["python", "-m", "swconv", "build", "--out", record])
             if done.returncode:
                 sys.exit(done.returncode)
             meaning.write_text(f"{CSRC}\n")
 
 
+def has_library(record):
+    """Whether the library that a build's record names is there; a record that was cut short names none."""
+    try:
+        return Path(json.loads(record.read_text())["library"]["path"]).exists()
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False
+
+
 if workflow.is_main_process:
-    GUARD = hold_guard()
+    try:
+        GUARD = hold_guard()
+    except OSError as error:
+        sys.exit(
+            f"Snakemake needs to write in {Path.cwd()}, got '{error.strerror}' for {error.filename}. "
+            "Check its owner and the free space, or work in a copy of the project that is yours."
+        )
     if "gpu" not in workflow.global_resources:
         workflow.register_resource("gpu", 1)

@@ -41,10 +41,30 @@ def asked_active():
     return params_yaml.Active(profile=profile, seeds=seeds, reports_folder=PARAMS.profile(profile).reports)
 
 
+def stats(paths):
+    """Size and date of files, by name."""
+    return {str(path): (stat.st_size, stat.st_mtime_ns) for path in paths if path.is_file() for stat in [path.stat()]}
+
+
+def source_stats():
+    """Those of all that a user edits and dvc.lock speaks of: a look that costs no DVC."""
+    folders = [Path("params"), Path("swconv"), Path("csrc"), Path("reports/paper"), Path("workflow/rules")]
+    sources = [path for folder in folders for path in sorted(folder.rglob("*.*")) if path.suffix not in (".pyc", ".so")]
+    return stats([*sources, Path("setup.py"), Path("dvc.yaml")])
+
+
 def activate():
     """Keep what --config asked for, so that DVC and the next command ask for the same."""
-    params_yaml.write_active(Path("params/active.yaml"), ACTIVE)
+    path = Path("params/active.yaml")
+    try:
+        params_yaml.write_active(path, ACTIVE)
+    except OSError as error:
+        sys.exit(str(error))
+    SOURCES.update(stats([path]))
 
+
+# Before anything is read from them: what is edited from now on is not what this command plans with.
+SOURCES = source_stats()
 
 with one_sentence():
     PARAMS = params_yaml.load(Path("params"))
@@ -57,6 +77,12 @@ def row(wildcards):
     with one_sentence():
         PARAMS.check_trainable(wildcards.run)
         return PARAMS.identity(wildcards.run, wildcards.profile)
+
+
+def planned(module):
+    """A run's key as far as it is known before its data are: a job that finds another one refuses to work."""
+    code = fingerprint(module, csrc=True)
+    return lambda wildcards: params_yaml.key(row(wildcards), "", code, int(wildcards.seed))
 
 
 def same_as(wildcards):
@@ -81,8 +107,8 @@ def machine_gpus(wildcards):
     return int(PARAMS.profiles[wildcards.profile].uses_gpu)
 
 
-# What the compiled sources mean, and the Python that compiles them.
-CSRC = fingerprint("swconv.build", csrc=True)
+# What the compiled sources mean, and setup.py, which holds their flags: as much of them as a run's key holds.
+CSRC = fingerprint("swconv", csrc=True)
 
 
 wildcard_constraints:

@@ -15,17 +15,20 @@ def current_outputs():
 
 
 def state(outputs):
-    """Hash of names, sizes and dates of all that dvc.lock speaks of: a look that costs no DVC."""
-    folders = [Path("params"), Path("swconv"), Path("csrc"), Path("reports/paper")]
-    sources = [path for folder in folders for path in folder.rglob("*.*") if path.suffix not in (".pyc", ".so")]
-    known = [*map(Path, outputs), *map(Path, ("dvc.yaml", "dvc.lock", "setup.py")), *sorted(sources)]
-    stats = [(str(path), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in known if path.is_file()]
-    return sha256(repr(stats).encode()).hexdigest()
+    """Hash of names, sizes and dates of all that dvc.lock speaks of."""
+    return sha256(repr([SOURCES, stats(map(Path, [*outputs, "dvc.lock"]))]).encode()).hexdigest()
 
 
 def record():
-    """Record in dvc.lock, unless all is as it was when that was last done. Never fails the run."""
-    if "SWCONV_UNDER_DVC" in os.environ:
+    """Record in dvc.lock, unless all is as it was when that was last done. Never fails the run, but for DVC's sake."""
+    under_dvc = "SWCONV_UNDER_DVC" in os.environ
+    if source_stats() != SOURCES:
+        said = "Nothing is recorded in dvc.lock: params/, csrc/, swconv/ or a rule changed during the run; repeat the command."
+        if under_dvc:
+            sys.exit(said)  # of a command that succeeds DVC would record the edited sources with results of the old ones
+        print(said, file=sys.stderr)
+        return
+    if under_dvc:
         return
     outputs = current_outputs()
     if RECORDED.exists() and RECORDED.read_text() == state(outputs):

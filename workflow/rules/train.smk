@@ -17,6 +17,7 @@ rule train:
     params:
         row=row,
         code=fingerprint("swconv.training.loop", csrc=True),
+        planned=planned("swconv.training.loop"),
         data=subpath(input.data, parent=True),
         out=subpath(output.metrics, parent=True),
     log:
@@ -26,7 +27,7 @@ rule train:
         gpu=machine_gpus,
     shell:
         "python -m swconv train {wildcards.run} --profile {wildcards.profile} --seed {wildcards.seed}"
-        " --data {params.data} --out {params.out} 2>&1 | tee {log}"
+        " --data {params.data} --out {params.out} --planned {params.planned} 2>&1 | tee {log}"
 
 
 # A row that is the same experiment as an earlier one at this scale is not trained twice: it says so instead.

@@ -43,7 +43,10 @@ def has_todays_key(metrics: str, known: params.Params) -> bool:
 
 
 def main() -> None:
-    known = params.load(Path("params"))
+    try:
+        known = params.load(Path("params"))
+    except params.ParamsError as error:
+        sys.exit(str(error))
     folder = f"artifacts/{known.active.profile}"
     repo = Repo()
     with lock_repo(repo):

@@ -1,5 +1,7 @@
 """Record in dvc.lock every stage whose outputs Snakemake calls current. Reads their names from stdin, one per line.
 
+Their checkpoints go: a published run needs none, and with one a second `--forcerun` would train nothing.
+
 Called by workflow/rules/record.smk at the end of a run. Exit code 1 and a warning when DVC is busy or broken: the next
 run, or `dvc repro`, records without running anything again.
 """
@@ -21,9 +23,8 @@ from stages import asks, params, targets
 ATTEMPTS, PAUSE = 6, 2.0  # s
 
 
-def record(repo: Repo, current: set[str]) -> list[PipelineStage]:
-    """Record the stages that are current and differ from dvc.lock; return all that are current."""
-    known = params.load(Path("params"))
+def record(repo: Repo, known: params.Params, current: set[str]) -> None:
+    """Record the stages that are current and differ from dvc.lock."""
     with lock_repo(repo):
         stages = [stage for stage in repo.index.stages if is_current(stage, known, current)]
         if changed := [stage for stage in stages if any(stage.changed_entries())]:
@@ -32,7 +33,6 @@ def record(repo: Repo, current: set[str]) -> list[PipelineStage]:
                 stage.commit(relink=False)  # a relinked file has a new date
             changed[0].dvcfile.dump_stages(changed, update_pipeline=False)
             print(f"dvc.lock: {len(changed)} stages recorded", file=sys.stderr)
-    return stages
 
 
 def is_current(stage: PipelineStage, known: params.Params, current: set[str]) -> bool:
@@ -40,21 +40,25 @@ def is_current(stage: PipelineStage, known: params.Params, current: set[str]) ->
     return current.issuperset(asked) and all(Path(path).exists() for path in [*asked, *(out.fs_path for out in stage.outs)])
 
 
-def remove_checkpoints(stages: list[PipelineStage]) -> None:
-    """A published and recorded run needs no resumable state, and with it `--forcerun` would train nothing."""
-    for stage in stages:
-        for out in stage.outs if asks(stage.cmd)[0] == "run" else []:
-            for path in Path(out.fs_path).glob("seed*/run.json"):
-                key = json.loads(path.read_text()).get("key", "")
-                if re.fullmatch("[0-9a-f]+", key):
-                    shutil.rmtree(Path("checkpoints", key), ignore_errors=True)
+def remove_checkpoints(current: set[str]) -> None:
+    """Remove the resumable state of every run that is current, whether or not its stage can be recorded."""
+    for path in map(Path, current):
+        if path.match("artifacts/*/train/*/seed*/run.json") and path.exists():
+            key = json.loads(path.read_text()).get("key", "")
+            if re.fullmatch("[0-9a-f]+", key):
+                shutil.rmtree(Path("checkpoints", key), ignore_errors=True)
 
 
 def main() -> None:
+    try:
+        known = params.load(Path("params"))
+    except params.ParamsError as error:
+        sys.exit(str(error))
     current = set(sys.stdin.read().splitlines())
+    remove_checkpoints(current)
     for attempt in range(ATTEMPTS):
         try:
-            remove_checkpoints(record(Repo(), current))
+            record(Repo(), known, current)
             return
         except LockError as error:
             reason = error

@@ -43,6 +43,12 @@ def targets(known: params.Params, kind: str, profile: str, run: str | None = Non
     return [f"artifacts/{profile}/{stage}/{run}/{name}" for stage in ("train", "evaluate") for name in names]
 
 
+def rule_files() -> dict[str, Path]:
+    """The .smk file of each rule."""
+    files = sorted((ROOT / "workflow" / "rules").glob("*.smk"))
+    return {name: path for path in files for name in re.findall(r"^rule (\w+):", path.read_text(), re.MULTILINE)}
+
+
 def rule_modules() -> dict[str, tuple[str, bool]]:
     """The module whose meaning each rule depends on, and whether csrc/ counts, as its .smk file says."""
     text = "\n".join(path.read_text() for path in sorted((ROOT / "workflow" / "rules").glob("*.smk")))

@@ -1,7 +1,7 @@
 """Build csrc/ into swconv/_C.abi3.so, and nothing else (pyproject.toml describes the package).
 
-One ninja file compiles the C++ sources and, where nvcc is found, the CUDA source; ninja skips what has not changed.
-Beside the objects, in build/native, stay the settings of the build (settings.json) and nvcc's log (ptxas.log).
+One ninja file compiles the C++ sources and, where nvcc is found, the CUDA sources; ninja skips what has not changed.
+Beside the objects, in build/native, stay the settings of the build (settings.json) and nvcc's logs (*.ptxas.log).
 
 Environment: CXX, the C++ compiler (g++); CUDA_HOME, the folder of the CUDA toolkit (that of nvcc on the PATH);
 SWCONV_CUDA=0 leaves CUDA out.
@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent
 BUILD = Path("build/native")  # relative to ROOT, where every command runs: the library does not depend on the clone's place
 ARCHITECTURES = {
     "sm_80": "arch=compute_80,code=sm_80",
+    "sm_89": "arch=compute_89,code=sm_89",
     "sm_90": "arch=compute_90,code=sm_90",
     "compute_90": "arch=compute_90,code=compute_90",
 }
@@ -35,7 +36,7 @@ INSTRUCTIONS = {
     **({"avx2": "-march=x86-64-v3", "avx512": "-march=x86-64-v4 -mprefer-vector-width=512"}
        if platform.machine() == "x86_64" else {}),
 }
-CUDA_SOURCE = "csrc/shift_add.cu"
+CUDA_SOURCES = ["csrc/shift_add.cu", "csrc/strips.cu"]
 
 NINJA = """\
 builddir = {build}
@@ -45,7 +46,7 @@ rule cxx
   depfile = $out.d
   deps = gcc
 rule nvcc
-  command = {nvcc} -MD -MF $out.d {nvcc_flags} -c $in -o $out > {build}/ptxas.log 2>&1 || (cat {build}/ptxas.log; exit 1)
+  command = {nvcc} -MD -MF $out.d {nvcc_flags} -c $in -o $out > $out.ptxas.log 2>&1 || (cat $out.ptxas.log; exit 1)
   description = nvcc $in
   depfile = $out.d
   deps = gcc
@@ -74,6 +75,10 @@ def torch_folder():
     return Path(found.submodule_search_locations[0])
 
 
+def cuda_object(source):
+    return f"{Path(source).stem}_cuda.o"
+
+
 def torch_version(folder):
     return re.search(r"__version__ = '([^']+)'", (folder / "version.py").read_text()).group(1)
 
@@ -82,7 +87,7 @@ def cuda_toolkit(nvcc):
     """The toolkit's folder, which a wrapper called nvcc on the PATH does not tell by its place."""
     if os.environ.get("CUDA_HOME"):
         return Path(os.environ["CUDA_HOME"])
-    dry = subprocess.run([nvcc, "--dryrun", "-c", CUDA_SOURCE], capture_output=True, text=True, cwd=ROOT).stderr
+    dry = subprocess.run([nvcc, "--dryrun", "-c", CUDA_SOURCES[0]], capture_output=True, text=True, cwd=ROOT).stderr
     found = re.search(r"_HERE_=(.+)/bin\s", dry)
     return Path(found.group(1)) if found else Path("/usr/local/cuda")
 
@@ -111,7 +116,7 @@ class BuildNative(build_ext):
         os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
         cuda, reason = find_cuda()
         if cuda is not None and not self.compiles(cuda):
-            cuda, reason = None, f"{CUDA_SOURCE} did not compile (see {BUILD}/ptxas.log)"
+            cuda, reason = None, f"the CUDA sources did not compile (see {BUILD}/*.ptxas.log)"
         if cuda is None:
             logging.warning("Building without CUDA: %s.", reason)
         self.write_ninja(cuda, reason)
@@ -120,7 +125,7 @@ class BuildNative(build_ext):
 
     def compiles(self, cuda):
         self.write_ninja(cuda, None)
-        return self.ninja("shift_add.o", required=False)
+        return self.ninja(*map(cuda_object, CUDA_SOURCES), required=False)
 
     def write_ninja(self, cuda, reason):
         torch = torch_folder()
@@ -146,7 +151,7 @@ class BuildNative(build_ext):
         if cuda:
             flags.append("-DSWCONV_CUDA")
             link += [str(cuda["runtime"]), "-ldl", "-lrt", "-lpthread"]
-            objects[BUILD / "shift_add.o"] = ("nvcc", CUDA_SOURCE, "")
+            objects |= {BUILD / cuda_object(source): ("nvcc", source, "") for source in CUDA_SOURCES}
         text = NINJA.format(
             cxx=cxx, cxx_flags=" ".join(flags), link_flags=" ".join(link), build=BUILD,
             nvcc=cuda["nvcc"] if cuda else "", nvcc_flags=" ".join(
@@ -157,9 +162,9 @@ class BuildNative(build_ext):
         text += f"build {BUILD}/_C.abi3.so: link {' '.join(map(str, objects))}\n"
         self.write(BUILD / "build.ninja", text)
 
-    def ninja(self, target, required=True):
+    def ninja(self, *targets, required=True):
         try:
-            code = subprocess.call(["ninja", "-f", f"{BUILD}/build.ninja", f"{BUILD}/{target}"])
+            code = subprocess.call(["ninja", "-f", f"{BUILD}/build.ninja", *(f"{BUILD}/{target}" for target in targets)])
         except FileNotFoundError:
             raise SystemExit("Building swconv needs ninja, and found none on the PATH. Run pip install ninja.") from None
         if code and required:
@@ -187,7 +192,7 @@ class BuildNative(build_ext):
 
 if __name__ == "__main__":
     setup(
-        ext_modules=[Extension("swconv._C", [*CXX_SOURCES, CUDA_SOURCE], depends=["csrc/swconv.h"], py_limited_api=True)],
+        ext_modules=[Extension("swconv._C", [*CXX_SOURCES, CUDA_SOURCES[0]], depends=["csrc/swconv.h"], py_limited_api=True)],
         cmdclass={"build_ext": BuildNative},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )

@@ -268,6 +268,18 @@ swconv::StripSizes strip_sizes(const char* op, const Tensor& x, const Tensor& ke
   return s;
 }
 
+void require_bias(const char* op, const Tensor& x, const std::optional<Tensor>& bias, const swconv::StripSizes& s) {
+  if (!bias) return;
+  require_shape(op, "bias", *bias, {s.channels});
+  require_alike(op, x, {&*bias});
+}
+
+void require_grads(const char* op, const Tensor& x, std::initializer_list<const Tensor*> grads,
+                   const swconv::StripSizes& s) {
+  require_alike(op, x, grads);
+  for (const Tensor* grad : grads) require_shape(op, "gradients", *grad, {s.images, s.channels, s.height, s.width});
+}
+
 // The best kernels for this processor. SWCONV_CPU=portable, avx2 or avx512 asks for others, for tests and comparisons.
 template <class T>
 const swconv::StripKernels<T>& strip_kernels() {
@@ -336,10 +348,7 @@ Tensor strip_mix(const Tensor x, const Tensor kernel_h, const Tensor kernel_v, c
   constexpr const char* op = "swconv::strip_mix";
   const Layout layout(x);
   const auto s = strip_sizes(op, x, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v, layout.channels_last);
-  if (bias) {
-    require_shape(op, "bias", *bias, {s.channels});
-    require_alike(op, x, {&*bias});
-  }
+  require_bias(op, x, bias, s);
   const Tensor from = layout.of(x), kh = dense(kernel_h), kv = dense(kernel_v), kc = dense(kernel_c);
   const std::optional<Tensor> b = bias ? std::optional<Tensor>(dense(*bias)) : std::nullopt;
   Tensor y = new_like(from);
@@ -376,9 +385,7 @@ Four strip_branches_backward(const Tensor grad_h, const Tensor grad_v, const Ten
   constexpr const char* op = "swconv::strip_branches_backward";
   const Layout layout(x);
   const auto s = strip_sizes(op, x, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v, layout.channels_last);
-  require_alike(op, x, {&grad_h, &grad_v, &grad_i});
-  for (const Tensor* grad : {&grad_h, &grad_v, &grad_i})
-    require_shape(op, "gradients", *grad, {s.images, s.channels, s.height, s.width});
+  require_grads(op, x, {&grad_h, &grad_v, &grad_i}, s);
   const Tensor from = layout.of(x), kh = dense(kernel_h), kv = dense(kernel_v), kc = dense(kernel_c);
   const Tensor gh = layout.of(grad_h), gv = layout.of(grad_v), gi = layout.of(grad_i);
   Tensor gx = new_like(from), gkh = new_like(kh), gkv = new_like(kv), gkc = new_like(kc);
@@ -399,6 +406,64 @@ Four strip_branches_backward(const Tensor grad_h, const Tensor grad_v, const Ten
   });
   return {gx, gkh, gkv, gkc};
 }
+
+#ifdef SWCONV_CUDA
+Three strip_branches_cuda(const Tensor x, const Tensor kernel_h, const Tensor kernel_v, const Tensor kernel_c,
+                          int64_t anchor_h, int64_t anchor_v) {
+  constexpr const char* op = "swconv::strip_branches";
+  const Layout layout(x);
+  const auto s = strip_sizes(op, x, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v, layout.channels_last);
+  require_float(op, x);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const Tensor from = layout.of(x), kh = dense(kernel_h), kv = dense(kernel_v), kc = dense(kernel_c);
+  Tensor h = new_like(from), v = new_like(from), i = new_like(from);
+  require_done(op, swconv::strip_branches_cuda(s, from.const_data_ptr<float>(), kh.const_data_ptr<float>(),
+                                               kv.const_data_ptr<float>(), kc.const_data_ptr<float>(),
+                                               h.mutable_data_ptr<float>(), v.mutable_data_ptr<float>(),
+                                               i.mutable_data_ptr<float>(), current_stream(x)));
+  return {h, v, i};
+}
+
+Tensor strip_mix_cuda(const Tensor x, const Tensor kernel_h, const Tensor kernel_v, const Tensor kernel_c,
+                      const std::optional<Tensor> bias, int64_t anchor_h, int64_t anchor_v) {
+  constexpr const char* op = "swconv::strip_mix";
+  const Layout layout(x);
+  const auto s = strip_sizes(op, x, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v, layout.channels_last);
+  require_bias(op, x, bias, s);
+  require_float(op, x);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const Tensor from = layout.of(x), kh = dense(kernel_h), kv = dense(kernel_v), kc = dense(kernel_c);
+  const std::optional<Tensor> b = bias ? std::optional<Tensor>(dense(*bias)) : std::nullopt;
+  Tensor y = new_like(from);
+  require_done(op, swconv::strip_mix_cuda(s, from.const_data_ptr<float>(), kh.const_data_ptr<float>(),
+                                          kv.const_data_ptr<float>(), kc.const_data_ptr<float>(),
+                                          b ? b->const_data_ptr<float>() : nullptr, y.mutable_data_ptr<float>(),
+                                          current_stream(x)));
+  return y;
+}
+
+Four strip_branches_backward_cuda(const Tensor grad_h, const Tensor grad_v, const Tensor grad_i, const Tensor x,
+                                  const Tensor kernel_h, const Tensor kernel_v, const Tensor kernel_c,
+                                  int64_t anchor_h, int64_t anchor_v) {
+  constexpr const char* op = "swconv::strip_branches_backward";
+  const Layout layout(x);
+  const auto s = strip_sizes(op, x, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v, layout.channels_last);
+  require_grads(op, x, {&grad_h, &grad_v, &grad_i}, s);
+  require_float(op, x);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const Tensor from = layout.of(x), kh = dense(kernel_h), kv = dense(kernel_v), kc = dense(kernel_c);
+  const Tensor gh = layout.of(grad_h), gv = layout.of(grad_v), gi = layout.of(grad_i);
+  Tensor gx = new_like(from), gkh = new_like(kh), gkv = new_like(kv), gkc = new_like(kc);
+  const Tensor partial = torch::stable::new_empty(x, {swconv::strip_chunks_cuda(s), s.channels, strip_taps(s)});
+  require_done(op, swconv::strip_branches_backward_cuda(
+                       s, gh.const_data_ptr<float>(), gv.const_data_ptr<float>(), gi.const_data_ptr<float>(),
+                       from.const_data_ptr<float>(), kh.const_data_ptr<float>(), kv.const_data_ptr<float>(),
+                       kc.const_data_ptr<float>(), gx.mutable_data_ptr<float>(), partial.mutable_data_ptr<float>(),
+                       gkh.mutable_data_ptr<float>(), gkv.mutable_data_ptr<float>(), gkc.mutable_data_ptr<float>(),
+                       current_stream(x)));
+  return {gx, gkh, gkv, gkc};
+}
+#endif
 
 }  // namespace
 
@@ -429,5 +494,8 @@ STABLE_TORCH_LIBRARY_IMPL(swconv, CUDA, m) {
   m.impl("shift_add", TORCH_BOX(&shift_add_gather_cuda));
   m.impl("shift_add_atomic", TORCH_BOX(&shift_add_atomic_cuda));
   m.impl("shift_add_backward", TORCH_BOX(&shift_add_backward_cuda));
+  m.impl("strip_branches", TORCH_BOX(&strip_branches_cuda));
+  m.impl("strip_branches_backward", TORCH_BOX(&strip_branches_backward_cuda));
+  m.impl("strip_mix", TORCH_BOX(&strip_mix_cuda));
 }
 #endif

@@ -81,6 +81,19 @@ struct StripKernels {
                    int64_t end);
 };
 
+// The same on the GPU, all at once, float32, without atomics. `stream` is a cudaStream_t. Each returns nullptr, or CUDA's
+// error message. `partial` (strip_chunks_cuda, R, taps) is room to work in.
+const char* strip_branches_cuda(const StripSizes& s, const float* x, const float* kernel_h, const float* kernel_v,
+                                const float* kernel_c, float* h, float* v, float* i, void* stream);
+const char* strip_mix_cuda(const StripSizes& s, const float* x, const float* kernel_h, const float* kernel_v,
+                           const float* kernel_c, const float* bias, float* y, void* stream);
+int64_t strip_chunks_cuda(const StripSizes& s);
+const char* strip_branches_backward_cuda(const StripSizes& s, const float* grad_h, const float* grad_v,
+                                         const float* grad_i, const float* x, const float* kernel_h,
+                                         const float* kernel_v, const float* kernel_c, float* grad_x, float* partial,
+                                         float* grad_kernel_h, float* grad_kernel_v, float* grad_kernel_c,
+                                         void* stream);
+
 template <class T>
 StripKernels<T> strip_kernels_portable();
 template <class T>

@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = Path("swconv/_C.abi3.so")
-OBJECTS = Path("build/native")  # where setup.py leaves settings.json and ptxas.log
+OBJECTS = Path("build/native")  # where setup.py leaves settings.json and *.ptxas.log
 
 
 class BuildError(RuntimeError):
@@ -113,10 +113,14 @@ def _cause(output: str) -> str:
     return lines[-1] if lines else "setup.py failed and printed nothing"
 
 
+def _ptxas_logs() -> str:
+    return "\n".join(path.read_text() for path in sorted((ROOT / OBJECTS).glob("*_cuda.o.ptxas.log")))
+
+
 def _record() -> dict:
     settings = json.loads((ROOT / OBJECTS / "settings.json").read_text())
     library = (ROOT / LIBRARY).read_bytes()
     return settings | {
-        "kernels": parse_ptxas((ROOT / OBJECTS / "ptxas.log").read_text()) if settings["nvcc"] else [],
+        "kernels": parse_ptxas(_ptxas_logs()) if settings["nvcc"] else [],
         "library": {"path": str(LIBRARY), "bytes": len(library), "sha256": hashlib.sha256(library).hexdigest()},
     }

@@ -13,6 +13,9 @@ import torch
 from timm.layers import DropPath, LayerNorm2d, SqueezeExcite, calculate_drop_path_rates, trunc_normal_
 from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from swconv.ops import affine
 
 Skeleton = Literal["convnext", "unireplknet"]
 Kernels = int | Sequence[int]
@@ -36,6 +39,7 @@ class Block(nn.Module):
         self.norm_out = nn.BatchNorm2d(channels) if grown else nn.Identity()
         self.gamma = nn.Parameter(layer_scale_init * torch.ones(channels)) if layer_scale_init > 0 else None
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.folded = False
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.se(self.norm(self.mixer(x)))                         # (B, C, H, W)
@@ -45,6 +49,60 @@ class Block(nn.Module):
         if self.gamma is not None:
             y = y * self.gamma[:, None, None]
         return x + self.drop_path(y)
+
+    @torch.no_grad()
+    def reparameterize(self) -> None:
+        """Fold for inference, in place and once: `timm.utils.reparameterize_model` calls it on every block.
+
+        Into the mixer: what it merges itself, and the BatchNorm behind it. Into what reads the mixer: the order of its
+        channels. Into the contraction: GRN's shift, the closing BatchNorm and the layer scale.
+        """
+        if self.folded:
+            return
+        self.eval()
+        self._fold_mixer()
+        self._fold_tail()
+        self.folded = True
+
+    def _fold_mixer(self) -> None:
+        if hasattr(self.mixer, "reparameterize"):
+            self.mixer.reparameterize()
+        scale, shift = affine(self.norm) if isinstance(self.norm, nn.BatchNorm2d) else (None, None)
+        if hasattr(self.mixer, "absorb"):
+            order = self.mixer.absorb(scale, shift)
+        elif scale is not None and isinstance(self.mixer, nn.Conv2d):
+            self.mixer, order = fuse_conv_bn_eval(self.mixer, self.norm), None
+        else:
+            return
+        if scale is not None:
+            self.norm = nn.Identity()
+        if order is not None:
+            self._reorder(order.argsort())
+
+    def _reorder(self, place: Tensor) -> None:
+        """Take the mixer's channels in another order: channel c from where channel place[c] was."""
+        if isinstance(self.norm, nn.LayerNorm):
+            self.norm.weight.copy_(self.norm.weight[place])
+            self.norm.bias.copy_(self.norm.bias[place])
+        if isinstance(self.se, SqueezeExcite):
+            self.se.fc1.weight.copy_(self.se.fc1.weight[:, place])
+            self.se.fc2.weight.copy_(self.se.fc2.weight[place])
+            self.se.fc2.bias.copy_(self.se.fc2.bias[place])
+        self.pwconv1.weight.copy_(self.pwconv1.weight[:, place])
+
+    def _fold_tail(self) -> None:
+        weight, bias = self.pwconv2.weight, self.pwconv2.bias
+        bias = weight.new_zeros(len(weight)) if bias is None else bias
+        if isinstance(self.grn, GlobalResponseNorm):
+            bias = bias + weight @ self.grn.bias
+            self.grn.bias.zero_()
+        if isinstance(self.norm_out, nn.BatchNorm2d):
+            scale, shift = affine(self.norm_out)
+            weight, bias = scale[:, None] * weight, scale * bias + shift
+        if self.gamma is not None:
+            weight, bias = self.gamma[:, None] * weight, self.gamma * bias
+        self.pwconv2.weight, self.pwconv2.bias = nn.Parameter(weight.clone()), nn.Parameter(bias.clone())
+        self.norm_out, self.gamma = nn.Identity(), None
 
 
 class Stage(nn.Module):

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from swconv.models.network import Kernels, LargeKernelNet, Skeleton
 from swconv.ops import ShiftwiseConv2d
@@ -39,7 +41,22 @@ class NormSkipConv2d(nn.Module):
         self.norm = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x)) + x
+        return self.norm(self.conv(x)) + x if self.norm is not None else self.conv(x)
+
+    @torch.no_grad()
+    def reparameterize(self) -> None:
+        """Fold norm and skip into the convolution."""
+        if self.norm is not None:
+            self.conv, self.norm = fuse_conv_bn_eval(self.conv.eval(), self.norm.eval()), None
+            centre = self.conv.weight.shape[-1] // 2
+            self.conv.weight[:, :, centre, centre] += 1
+
+    @torch.no_grad()
+    def absorb(self, scale: Tensor | None = None, shift: Tensor | None = None) -> None:
+        """Fold an affine map per channel that follows. The channels keep their order."""
+        if scale is not None:
+            self.conv.weight.mul_(scale[:, None, None, None])
+            self.conv.bias.mul_(scale).add_(shift)
 
 
 def depthwise(channels: int, kernel_size: int) -> nn.Conv2d:

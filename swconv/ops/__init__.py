@@ -1,6 +1,6 @@
 """The SW operator: the math of shifted small filters, its two forms, and the layer."""
 
-from swconv.ops.module import ShiftwiseConv2d
+from swconv.ops.module import ShiftwiseConv2d, affine
 from swconv.ops.shift import responses, shift_add, shift_add_ref
 from swconv.ops.strips import assemble, half_border, strip_branches, strip_branches_ref, strip_mix
 from swconv.ops.tables import ShiftTables, ghost_split, tap_count
@@ -8,6 +8,7 @@ from swconv.ops.tables import ShiftTables, ghost_split, tap_count
 __all__ = [
     "ShiftTables",
     "ShiftwiseConv2d",
+    "affine",
     "assemble",
     "ghost_split",
     "half_border",

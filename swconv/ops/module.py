@@ -80,10 +80,12 @@ class ShiftwiseConv2d(nn.Module):
                                         for _ in range(rep_branches))
         norms = {"branch": [len(mixed)] * 3, "filter": [shape[0]] * rep_branches, None: []}[self.norm]
         self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in norms)
-        self.merged = False
+        self.merged = self.in_input_order = False
 
     def forward(self, x: Tensor) -> Tensor:
         mixed, ghost = self.split(x)                                          # (B, R, H, W), (B, C - R, H, W)
+        if self.in_input_order:
+            return self._forward_absorbed(x, mixed)
         if self.merged:
             y = self._forward_merged(mixed)
         elif self.norm == "filter":
@@ -97,6 +99,8 @@ class ShiftwiseConv2d(nn.Module):
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Channels that enter SW and channels that pass by."""
+        if not len(self.ghost):
+            return x, x[:, :0]
         return x.index_select(1, self.mixed), x.index_select(1, self.ghost)
 
     def responses(self, mixed: Tensor) -> Tensor:
@@ -126,7 +130,7 @@ class ShiftwiseConv2d(nn.Module):
             return
         self.eval()
         with torch.no_grad():
-            scales, shifts = zip(*(_affine(norm) for norm in self.norms), strict=True) if self.norm else ((), ())
+            scales, shifts = zip(*(affine(norm) for norm in self.norms), strict=True) if self.norm else ((), ())
             weights = [w * s[:, None, None, None] for w, s in zip(self.filters, scales, strict=True)] \
                 if self.norm == "filter" else list(self.filters)
             kernels = list(assemble(sum(weights), self.mixing))
@@ -143,6 +147,42 @@ class ShiftwiseConv2d(nn.Module):
         self.register_buffer("filter_bias", sum(shifts).detach() if self.norm == "filter" else None)
         del self.filters, self.norms
         self.merged = True
+
+    def absorb(self, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        """Fold what follows into the merged layer: an affine map per channel, and the order of the channels.
+
+        From then on the layer gives its channels in the order of its input, and whatever reads them has to be reordered.
+
+        Parameters
+        ----------
+        scale, shift : Tensor of shape (C,), optional
+            Of the layer's channels in the official order.
+
+        Returns
+        -------
+        int64 Tensor of shape (C,)
+            The official order: the input channel at every place.
+        """
+        if not self.merged or self.in_input_order:
+            raise RuntimeError("absorb needs a layer right after reparameterize(), and can be called once.")
+        count, order = len(self.mixed), torch.cat([self.mixed, self.ghost])
+        scale = self.kernel_c.new_ones(len(order)) if scale is None else scale.detach()
+        shift = self.kernel_c.new_zeros(len(order)) if shift is None else shift.detach()
+        for kernel in (self.kernel_h, self.kernel_v, self.kernel_c):
+            kernel.mul_(scale[:count, None, None, None])
+        self.bias.mul_(scale[:count]).add_(shift[:count])
+        if self.filter_bias is not None:
+            self.filter_bias.view(count, -1).mul_(scale[:count, None])
+        self.register_buffer("pass_scale", torch.empty_like(scale).index_copy(0, order, scale)[:, None, None])
+        self.register_buffer("pass_shift", torch.empty_like(shift).index_copy(0, order, shift)[:, None, None])
+        self.in_input_order = True
+        return order
+
+    def _forward_absorbed(self, x: Tensor, mixed: Tensor) -> Tensor:
+        y = self._forward_merged(mixed)
+        if not len(self.ghost):
+            return y
+        return torch.addcmul(self.pass_shift, x, self.pass_scale).index_copy_(1, self.mixed, y)
 
     def _forward_merged(self, mixed: Tensor) -> Tensor:
         anchor = self.kernel_size // 2
@@ -162,10 +202,11 @@ class ShiftwiseConv2d(nn.Module):
     def extra_repr(self) -> str:
         count = self.mixing.shape[2]
         return (f"channels={len(self.mixed) + len(self.ghost)}, mixed={len(self.mixed)}, extent={self.kernel_size}, "
-                f"small={self.small_kernel}, taps={count}, padding={self.padding!r}, norm={self.norm!r}, skip={self.skip}")
+                f"small={self.small_kernel}, taps={count}, padding={self.padding!r}, norm={self.norm!r}, skip={self.skip}"
+                + (", merged into one plus-shaped kernel" if self.merged else ""))
 
 
-def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+def affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Scale and shift of a BatchNorm in evaluation."""
     scale = norm.weight / (norm.running_var + norm.eps).sqrt()
     return scale, norm.bias - norm.running_mean * scale

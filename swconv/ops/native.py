@@ -1,7 +1,8 @@
-"""The compiled operators of csrc/: loading, and what torch must know of them beyond C++ (fake kernels, gradients).
+"""The engines behind the operators: which one takes a tensor, and what torch must know of them (fake kernels, gradients).
 
-`torch.ops.swconv.*` exist once `available()` has returned True. Formulas and shapes: csrc/swconv.h. Set
-SWCONV_NATIVE=0 to leave the library unloaded; plain torch then does the work.
+- "compiled": csrc/ in C++ on the CPU (float32, float64) and in CUDA C++ (float32); formulas and shapes in csrc/swconv.h.
+- "toeplitz": Triton on the GPU, for the strips in bfloat16, float16 and TF32.
+- "torch": plain torch, for whatever is left, and where nothing is built. SWCONV_NATIVE=0 asks for it everywhere.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 LIBRARY = Path(__file__).resolve().parents[1] / "_C.abi3.so"
 
 _loading = threading.Lock()
+_log = logging.getLogger(__name__)
 
 
 @torch.compiler.assume_constant_result
@@ -29,15 +31,70 @@ def available() -> bool:
 
 
 def handles(x: Tensor, op: str = "strip_branches") -> bool:
-    """Whether a compiled operator takes this tensor: float32 or float64 on the CPU; on the GPU float32, two-step form."""
+    """Whether a compiled operator takes this tensor: float32 or float64 on the CPU, float32 on the GPU."""
     if x.device.type == "cpu":
         return x.dtype in (torch.float32, torch.float64) and available()
     return x.device.type == "cuda" and x.dtype == torch.float32 and _on_gpu(op)
 
 
+def strip_engine(x: Tensor) -> str:
+    """"compiled", "toeplitz" or "torch": the best engine that takes this tensor through the strips. Says so once."""
+    if x.is_cuda and _toeplitz_takes(x.dtype):
+        name = "toeplitz"
+    else:
+        name = "compiled" if handles(x) else "torch"
+    _say(name, x.device.type, str(x.dtype))
+    return name
+
+
 def library_sha256() -> str | None:
     """SHA-256 of the library that `available` loads; None where there is none."""
     return hashlib.sha256(LIBRARY.read_bytes()).hexdigest() if available() else None
+
+
+@torch.compiler.assume_constant_result
+def _say(engine: str, device: str, dtype: str) -> None:
+    _say_once(engine, device, dtype)
+
+
+@functools.cache
+def _say_once(engine: str, device: str, dtype: str) -> None:
+    _log.info("The SW operator runs on %s in %s: %s", device, dtype.removeprefix("torch."), {
+        "compiled": "compiled csrc/", "toeplitz": "Triton, Toeplitz form", "torch": "plain torch, no faster engine takes it",
+    }[engine])
+
+
+@torch.compiler.assume_constant_result
+def _toeplitz_takes(dtype: torch.dtype) -> bool:
+    """Whether the Triton engine is there for this dtype; its operators are registered by the first call."""
+    if os.environ.get("SWCONV_NATIVE") == "0":
+        return False
+    from swconv.ops import toeplitz  # triton takes a second to import, and only the GPU needs it
+
+    if not toeplitz.takes(dtype):
+        return False
+    with _loading:
+        _register_toeplitz()
+    return True
+
+
+@functools.cache
+def _register_toeplitz() -> None:
+    from swconv.ops import toeplitz
+
+    strips = "Tensor kernel_h, Tensor kernel_v, Tensor kernel_c"
+    for name, function, fake, arguments, results in (
+        ("branches", toeplitz.strip_branches, _fake_strip_branches,
+         f"Tensor x, {strips}, int anchor_h, int anchor_v", "(Tensor, Tensor, Tensor)"),
+        ("mix", toeplitz.strip_mix, _fake_strip_mix, f"Tensor x, {strips}, Tensor? bias, int anchor_h, int anchor_v", "Tensor"),
+        ("branches_backward", toeplitz.strip_branches_backward, _fake_strip_branches_backward,
+         f"Tensor grad_h, Tensor grad_v, Tensor grad_i, Tensor x, {strips}, int anchor_h, int anchor_v",
+         "(Tensor, Tensor, Tensor, Tensor)"),
+    ):
+        op = torch.library.custom_op(f"swconv::toeplitz_{name}", function, mutates_args=(), device_types="cuda",
+                                     schema=f"({arguments}) -> {results}")
+        op.register_fake(fake)
+    _register_strip_gradients("toeplitz")
 
 
 @torch.compiler.assume_constant_result
@@ -52,7 +109,7 @@ def _load() -> bool:
     try:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
-        logging.getLogger(__name__).warning(
+        _log.warning(
             "The compiled operators need a library made for this machine and torch %s, and %s does not load (%s). "
             "Plain torch does the work; run `python -m swconv build` to build it anew.",
             torch.__version__, LIBRARY, error,
@@ -70,10 +127,7 @@ def _register() -> None:
     torch.library.register_fake("swconv::strip_branches", _fake_strip_branches)
     torch.library.register_fake("swconv::strip_mix", _fake_strip_mix)
     torch.library.register_fake("swconv::strip_branches_backward", _fake_strip_branches_backward)
-    torch.library.register_autograd(
-        "swconv::strip_branches", _strip_branches_backward, setup_context=_save_strip_branches
-    )
-    torch.library.register_autograd("swconv::strip_mix", _strip_mix_backward, setup_context=_save_strip_mix)
+    _register_strip_gradients("strip")
 
 
 # ---- two-step form
@@ -128,11 +182,20 @@ def _save_strip_branches(ctx, inputs, output):
     ctx.save_for_backward(*tensors)
 
 
-def _strip_branches_backward(ctx, grad_h, grad_v, grad_i):
-    grads = torch.ops.swconv.strip_branches_backward(
-        grad_h, grad_v, grad_i, *ctx.saved_tensors, ctx.anchor_h, ctx.anchor_v
-    )
-    return *grads, None, None
+def _register_strip_gradients(engine: str) -> None:
+    """Of `<engine>_branches` and `<engine>_mix`, both by `<engine>_branches_backward`."""
+    adjoint = getattr(torch.ops.swconv, f"{engine}_branches_backward")
+
+    def branches_backward(ctx, grad_h, grad_v, grad_i):
+        return *adjoint(grad_h, grad_v, grad_i, *ctx.saved_tensors, ctx.anchor_h, ctx.anchor_v), None, None
+
+    def mix_backward(ctx, grad):
+        grads = adjoint(grad, grad, grad, *ctx.saved_tensors, ctx.anchor_h, ctx.anchor_v)
+        return *grads, grad.sum((0, 2, 3)) if ctx.with_bias else None, None, None
+
+    register = torch.library.register_autograd
+    register(f"swconv::{engine}_branches", branches_backward, setup_context=_save_strip_branches)
+    register(f"swconv::{engine}_mix", mix_backward, setup_context=_save_strip_mix)
 
 
 def _save_strip_mix(ctx, inputs, output):
@@ -140,7 +203,3 @@ def _save_strip_mix(ctx, inputs, output):
     ctx.with_bias = bias is not None
     ctx.save_for_backward(*tensors)
 
-
-def _strip_mix_backward(ctx, grad):
-    grads = torch.ops.swconv.strip_branches_backward(grad, grad, grad, *ctx.saved_tensors, ctx.anchor_h, ctx.anchor_v)
-    return *grads, grad.sum((0, 2, 3)) if ctx.with_bias else None, None, None

@@ -52,11 +52,12 @@ def shift_add(
     Raises
     ------
     ValueError
-        When the number of maps is not R * n, or the maps are smaller than their halo.
+        When the number of maps is not R * n, the maps are smaller than their halo, a pick lies outside the maps, or
+        tables and maps are on different devices.
     """
     _check(maps, pad_h, pad_v, pick, halo)
     if native.handles(maps, "shift_add"):
-        return torch.ops.swconv.shift_add(maps, pad_h, pad_v, pick.to(torch.int32), halo)
+        return torch.ops.swconv.shift_add(maps, pad_h.int(), pad_v.int(), pick.int(), halo)
     return shift_add_ref(maps, pad_h, pad_v, pick, halo)
 
 
@@ -98,5 +99,14 @@ def _check(maps: Tensor, pad_h: Tensor, pad_v: Tensor, pick: Tensor, halo: int) 
             f"pick of shape (R, E), got maps {tuple(maps.shape)}, pad_v {tuple(pad_v.shape)}, pick {tuple(pick.shape)}. "
             "Were maps and tables made for the same kernel size?"
         )
-    if min(maps.shape[2:]) <= 2 * halo:
-        raise ValueError(f"shift_add needs maps larger than two halos of {halo}, got {tuple(maps.shape[2:])}.")
+    if halo < 0 or min(maps.shape[2:]) <= 2 * halo:
+        raise ValueError(f"shift_add needs maps larger than two halos of {halo} >= 0, got {tuple(maps.shape[2:])}.")
+    if any(table.device != maps.device for table in (pad_h, pad_v, pick)):
+        places = ", ".join(str(tensor.device) for tensor in (maps, pad_h, pad_v, pick))
+        raise ValueError(f"shift_add needs maps and tables on one device, got {places}. Move them with .to(maps.device).")
+    # Looking at a GPU's tables would make the CPU wait for it, and a graph cannot look at all.
+    if pick.device.type == "cpu" and not torch.compiler.is_compiling() and not (0 <= int(pick.min()) and int(pick.max()) < count):
+        raise ValueError(
+            f"shift_add needs pick between 0 and R * n - 1 = {count - 1}, got {int(pick.min())} to {int(pick.max())}. "
+            "Are its entries absolute filter indices?"
+        )

@@ -27,7 +27,8 @@ def assemble(filters: Tensor, mixing: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     channels, rows, taps = mixing.shape
     small = filters.shape[-1]
-    slots = torch.bmm(mixing, filters.reshape(channels, taps, small * small)).view(channels, rows, small, small)
+    with torch.autocast(filters.device.type, enabled=False):             # sums of weights keep their precision
+        slots = torch.bmm(mixing, filters.reshape(channels, taps, small * small)).view(channels, rows, small, small)
     kernel_h = slots[:, :taps].transpose(1, 2).reshape(channels, 1, small, taps * small)
     kernel_v = slots[:, taps : 2 * taps].reshape(channels, 1, taps * small, small)
     return kernel_h, kernel_v, slots[:, 2 * taps :]
@@ -38,9 +39,12 @@ def strip_branches(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Depthwise convolution with a horizontal strip, a vertical strip and a small centred kernel.
 
+    Under autocast on a GPU it computes in autocast's dtype; elsewhere in that of x, to which the kernels are rounded.
+
     Parameters
     ----------
     x : Tensor of shape (B, C, H, W)
+        Floating point. Any H and W, any batch, contiguous or channels_last; results have its layout.
     kernel_h, kernel_v, kernel_c : Tensor of shape (C, 1, N, L), (C, 1, L, N) and (C, 1, K, K)
         N and K are odd.
     anchor_h, anchor_v : int, optional
@@ -54,12 +58,16 @@ def strip_branches(
     Raises
     ------
     ValueError
-        When the kernels do not fit x or each other.
+        When the kernels do not fit x or each other, or lie on another device, or x is not floating point.
     """
-    anchor_h, anchor_v = _check(x, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v)
-    if native.handles(x):
-        return torch.ops.swconv.strip_branches(x, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v)
-    return strip_branches_ref(x, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v)
+    anchors = _check(x, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v)
+    x, *kernels = _operands(x, kernel_h, kernel_v, kernel_c)
+    match native.strip_engine(x):
+        case "compiled":
+            return torch.ops.swconv.strip_branches(x, *kernels, *anchors)
+        case "toeplitz":
+            return torch.ops.swconv.toeplitz_branches(x, *kernels, *anchors)
+    return strip_branches_ref(x, *kernels, *anchors)
 
 
 def strip_mix(
@@ -72,10 +80,15 @@ def strip_mix(
     anchor_v: int | None = None,
 ) -> Tensor:
     """Sum of the three parts of `strip_branches`, plus a bias of shape (C,): one plus-shaped depthwise convolution."""
-    anchor_h, anchor_v = _check(x, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v)
-    if native.handles(x):
-        return torch.ops.swconv.strip_mix(x, kernel_h, kernel_v, kernel_c, bias, anchor_h, anchor_v)
-    y = sum(strip_branches_ref(x, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v))
+    anchors = _check(x, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v, bias)
+    x, *kernels = _operands(x, kernel_h, kernel_v, kernel_c)
+    bias = bias if bias is None else bias.to(x.dtype)
+    match native.strip_engine(x):
+        case "compiled":
+            return torch.ops.swconv.strip_mix(x, *kernels, bias, *anchors)
+        case "toeplitz":
+            return torch.ops.swconv.toeplitz_mix(x, *kernels, bias, *anchors)
+    y = sum(strip_branches_ref(x, *kernels, *anchors))
     return y if bias is None else y + bias[:, None, None]
 
 
@@ -120,17 +133,34 @@ def half_border(x: Tensor, kernel_h: Tensor, extent: int) -> Tensor:
     return lost @ place
 
 
+def _operands(x: Tensor, *kernels: Tensor) -> tuple[Tensor, ...]:
+    """x and the kernels in the one dtype to compute in."""
+    on_gpu = x.is_cuda and torch.is_autocast_enabled("cuda")
+    dtype = torch.get_autocast_dtype("cuda") if on_gpu else x.dtype
+    return x.to(dtype), *(kernel.to(dtype) for kernel in kernels)
+
+
 def _check(
-    x: Tensor, kernel_h: Tensor, kernel_v: Tensor, kernel_c: Tensor, anchor_h: int | None, anchor_v: int | None
+    x: Tensor, kernel_h: Tensor, kernel_v: Tensor, kernel_c: Tensor, anchor_h: int | None, anchor_v: int | None,
+    bias: Tensor | None = None,
 ) -> tuple[int, int]:
-    channels = x.shape[1]
     shapes = [tuple(kernel.shape) for kernel in (kernel_h, kernel_v, kernel_c)]
-    fits = x.dim() == 4 and all(len(shape) == 4 and shape[:2] == (channels, 1) for shape in shapes)
+    channels = x.shape[1] if x.dim() == 4 else None
+    fits = channels is not None and all(len(shape) == 4 and shape[:2] == (channels, 1) for shape in shapes)
     if not fits or not (shapes[0][2] % 2 and shapes[1][3] % 2 and shapes[2][2] % 2 and shapes[2][2] == shapes[2][3]):
         raise ValueError(
             f"strips need x (B, C, H, W) and kernels (C, 1, N, L), (C, 1, L, N), (C, 1, K, K) with odd N and K, "
             f"got x {tuple(x.shape)} and kernels {shapes[0]}, {shapes[1]}, {shapes[2]}."
         )
+    if bias is not None and tuple(bias.shape) != (channels,):
+        raise ValueError(f"strip_mix needs a bias of shape ({channels},), one per channel of x, got {tuple(bias.shape)}.")
+    others = [kernel_h, kernel_v, kernel_c, *([] if bias is None else [bias])]
+    if not all(tensor.is_floating_point() for tensor in (x, *others)):
+        kinds = ", ".join(str(tensor.dtype) for tensor in (x, *others))
+        raise ValueError(f"strips need floating-point tensors, got {kinds}. Convert them with .float().")
+    if any(tensor.device != x.device for tensor in others):
+        places = ", ".join(str(tensor.device) for tensor in (x, *others))
+        raise ValueError(f"strips need x and kernels on one device, got {places}. Move them with .to(x.device).")
     anchor_h = shapes[0][3] // 2 if anchor_h is None else anchor_h
     anchor_v = shapes[1][2] // 2 if anchor_v is None else anchor_v
     if not (0 <= anchor_h < shapes[0][3] and 0 <= anchor_v < shapes[1][2]):

@@ -1,0 +1,213 @@
+"""The strip kernels alone, without torch's binding: every set of instructions, and the CUDA source as it runs on a CPU.
+
+strips.cu is compiled by g++ with SWCONV_EMULATE: the threads of a block run one after the other between two barriers, and
+shared memory starts as NaN. That shows that its indices are right, not that a GPU runs it.
+"""
+
+import ctypes
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.lib.stride_tricks import sliding_window_view
+
+CSRC = Path(__file__).parents[2] / "csrc"
+FLAGS = {"portable": [], "avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"]}
+FIELDS = ("images channels height width length_h breadth_h anchor_h length_v breadth_v anchor_v small channel_step "
+          "pixel_step").split()
+SHIM = """
+#include "swconv.h"
+#include <algorithm>
+#include <vector>
+using namespace swconv;
+#define KERNELS(name) strip_kernels_##name<float>()
+#define OF(name) KERNELS(name)
+extern "C" void mix(const StripSizes* s, const float* x, const float* kh, const float* kv, const float* kc,
+                    const float* bias, float* y) {
+  const auto k = OF(SWCONV_CPU);
+  k.mix(*s, x, kh, kv, kc, bias, y, 0, strip_tasks(*s, k.lanes));
+}
+extern "C" void branches(const StripSizes* s, const float* x, const float* kh, const float* kv, const float* kc, float* h,
+                         float* v, float* i) {
+  const auto k = OF(SWCONV_CPU);
+  k.branches(*s, x, kh, kv, kc, h, v, i, 0, strip_tasks(*s, k.lanes));
+}
+extern "C" void backward(const StripSizes* s, const float* gh, const float* gv, const float* gi, const float* x,
+                         const float* kh, const float* kv, const float* kc, float* gx, float* gkh, float* gkv, float* gkc) {
+  const auto k = OF(SWCONV_CPU);
+  const int64_t taps = strip_taps(*s);
+  std::vector<float> partial(strip_chunks(*s) * s->channels * taps);
+  k.backward(*s, gh, gv, gi, x, kh, kv, kc, gx, partial.data(), 0, strip_tasks(*s, k.lanes));
+  const int64_t of[] = {s->length_h * s->breadth_h, s->length_v * s->breadth_v, s->small * s->small};
+  float* to[] = {gkh, gkv, gkc};
+  for (int64_t r = 0; r < s->channels; ++r)
+    for (int64_t part = 0, t = 0; part < 3; ++part)
+      for (int64_t j = 0; j < of[part]; ++j, ++t) {
+        to[part][r * of[part] + j] = 0;
+        for (int64_t c = 0; c < strip_chunks(*s); ++c) to[part][r * of[part] + j] += partial[(c * s->channels + r) * taps + t];
+      }
+}
+"""
+EMULATED = """
+#include "strips.cu"
+#include <vector>
+using namespace swconv;
+extern "C" void mix(const StripSizes* s, const float* x, const float* kh, const float* kv, const float* kc,
+                    const float* bias, float* y) {
+  strip_mix_cuda(*s, x, kh, kv, kc, bias, y, nullptr);
+}
+extern "C" void branches(const StripSizes* s, const float* x, const float* kh, const float* kv, const float* kc, float* h,
+                         float* v, float* i) {
+  strip_branches_cuda(*s, x, kh, kv, kc, h, v, i, nullptr);
+}
+extern "C" void backward(const StripSizes* s, const float* gh, const float* gv, const float* gi, const float* x,
+                         const float* kh, const float* kv, const float* kc, float* gx, float* gkh, float* gkv, float* gkc) {
+  std::vector<float> partial(strip_chunks_cuda(*s) * s->channels * strip_taps(*s), __builtin_nanf(""));
+  strip_branches_backward_cuda(*s, gh, gv, gi, x, kh, kv, kc, gx, partial.data(), gkh, gkv, gkc, nullptr);
+}
+"""
+# name: (B, C, H, W), (N, L, anchor) of the horizontal and of the vertical strip, S
+CASES = {
+    "stage 1": ((1, 3, 56, 56), (3, 51, 25), (3, 51, 25), 3),
+    "stage 2": ((2, 9, 28, 28), (3, 51, 24), (3, 51, 24), 3),
+    "stage 3": ((3, 17, 14, 14), (3, 48, 23), (3, 48, 23), 3),
+    "stage 4": ((20, 18, 7, 7), (3, 15, 6), (3, 15, 6), 3),
+    "small 5, not square": ((2, 5, 5, 9), (5, 15, 6), (5, 15, 6), 5),
+    "one row, anchor at the end": ((1, 3, 1, 7), (3, 15, 0), (3, 15, 14), 5),
+    "longer than a tile": ((1, 2, 70, 20), (7, 21, 20), (7, 21, 20), 3),
+    "different strips": ((2, 4, 6, 6), (3, 3, 1), (5, 9, 2), 3),
+    "one pixel": ((9, 33, 1, 1), (3, 9, 4), (3, 9, 4), 3),
+    "one column, single taps": ((17, 1, 40, 1), (1, 4, 2), (1, 4, 2), 1),
+    "no image": ((0, 2, 6, 6), (3, 9, 4), (3, 9, 4), 3),
+}
+
+
+class Sizes(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in FIELDS]
+
+
+def runs_here(name: str) -> bool:
+    flags = Path("/proc/cpuinfo").read_text()
+    return name in ("portable", "cuda") or (platform.machine() == "x86_64" and f" {name}{'f' * (name == 'avx512')} " in flags)
+
+
+def compiled(folder: Path, name: str, *options: str) -> Path:
+    """A shared library with `mix`, `branches` and `backward` of one implementation."""
+    shim, library = folder / f"{name}.cpp", folder / f"{name}.so"
+    shim.write_text(EMULATED if name == "cuda" else SHIM)
+    sources = [shim] if name == "cuda" else [shim, CSRC / "strips_cpu.cpp"]
+    own = ["-DSWCONV_EMULATE"] if name == "cuda" else [f"-DSWCONV_CPU={name}", *FLAGS[name]]
+    command = ["g++", "-std=c++17", "-O1", "-g", "-shared", "-fPIC", "-w", f"-I{CSRC}", *own, *options, *sources, "-o", library]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return library
+
+
+def draw(case: str, channels_last: bool):
+    shape, horizontal, vertical, small = CASES[case]
+    rng = np.random.RandomState(0)
+
+    def tensor(*size):
+        return rng.standard_normal(size).astype(np.float32)
+
+    maps = [tensor(*shape) for _ in range(4)]                                   # x and three gradients
+    if channels_last:
+        maps = [np.ascontiguousarray(m.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2) for m in maps]
+    (n, length, anchor), (n_v, length_v, anchor_v) = horizontal, vertical
+    kernels = [tensor(shape[1], 1, n, length), tensor(shape[1], 1, length_v, n_v), tensor(shape[1], 1, small, small)]
+    pixels = shape[2] * shape[3]
+    steps = (1, shape[1]) if channels_last else (pixels, 1)
+    sizes = Sizes(*shape, length, n, anchor, length_v, n_v, anchor_v, small, *steps)
+    return sizes, maps, kernels, tensor(shape[1])
+
+
+def expected(sizes: Sizes, maps: list, kernels: list):
+    """All results in float64, from windows: nothing here knows of strips, tiles or blocks."""
+    x, *grads = (m.astype(np.float64) for m in maps)
+    height, width = x.shape[2:]
+    anchors = [(sizes.breadth_h // 2, sizes.anchor_h), (sizes.anchor_v, sizes.breadth_v // 2), (sizes.small // 2,) * 2]
+    outputs, grad_x, grad_kernels = [], np.zeros_like(x), []
+    for kernel, grad, (up, left) in zip(kernels, grads, anchors, strict=True):
+        kernel = kernel[:, 0].astype(np.float64)
+        rows, columns = kernel.shape[1:]
+        padded = np.pad(x, ((0, 0), (0, 0), (up, rows - 1 - up), (left, columns - 1 - left)))
+        windows = sliding_window_view(padded, (rows, columns), axis=(2, 3))     # (B, C, H, W, rows, columns)
+        outputs.append(np.einsum("bchwrs,crs->bchw", windows, kernel))
+        grad_kernels.append(np.einsum("bchwrs,bchw->crs", windows, grad)[:, None])
+        back = np.zeros_like(padded)
+        for r in range(rows):
+            for s in range(columns):
+                back[:, :, r : r + height, s : s + width] += grad * kernel[:, r, s][:, None, None]
+        grad_x += back[:, :, up : up + height, left : left + width]
+    return outputs, grad_x, grad_kernels
+
+
+def results(library: Path, sizes: Sizes, maps: list, kernels: list, bias: np.ndarray):
+    lib = ctypes.CDLL(str(library))
+
+    def call(name, *arrays):
+        getattr(lib, name)(ctypes.byref(sizes), *(ctypes.c_void_p(a.ctypes.data) for a in arrays))
+
+    def fresh(like):
+        return np.full_like(like, np.nan)                                       # keeps the layout
+
+    outputs, mixed, grad_x = [fresh(maps[0]) for _ in range(3)], fresh(maps[0]), fresh(maps[0])
+    grad_kernels = [fresh(k) for k in kernels]
+    call("branches", maps[0], *kernels, *outputs)
+    call("mix", maps[0], *kernels, bias, mixed)
+    call("backward", *maps[1:], maps[0], *kernels, grad_x, *grad_kernels)
+    return outputs, mixed, grad_x, grad_kernels
+
+
+def check(library: Path, case: str, channels_last: bool):
+    sizes, maps, kernels, bias = draw(case, channels_last)
+    outputs, mixed, grad_x, grad_kernels = results(library, sizes, maps, kernels, bias)
+    wanted, wanted_x, wanted_kernels = expected(sizes, maps, kernels)
+    pairs = [*zip(outputs, wanted, strict=True), (mixed, sum(wanted) + bias.astype(np.float64)[:, None, None]),
+             (grad_x, wanted_x), *zip(grad_kernels, wanted_kernels, strict=True)]
+    for ours, truth in pairs:
+        assert np.isfinite(ours).all()                                          # all of it was written
+        if truth.size:
+            assert np.abs(ours - truth).max() <= 2e-6 * max(1, np.abs(truth).max())
+
+
+@pytest.fixture(scope="module", params=["portable", "avx2", "avx512", "cuda"])
+def library(request, tmp_path_factory):
+    if not runs_here(request.param):
+        pytest.skip(f"this processor has no {request.param}")
+    return compiled(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_agree_with_float64(library, case, channels_last):
+    check(library, case, channels_last)
+
+
+def test_two_runs_of_the_kernels_give_the_same_bits(library):
+    first, second = (results(library, *draw("stage 4", False)) for _ in range(2))
+    assert all(map(np.array_equal, [*first[0], *first[1:3], *first[3]], [*second[0], *second[1:3], *second[3]]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["portable", "avx2", "cuda"])
+def test_the_address_sanitizer_finds_nothing(name, tmp_path):
+    if not runs_here(name):
+        pytest.skip(f"this processor has no {name}")
+    library = compiled(tmp_path, name, "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    preload = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import test_kernels
+for case in test_kernels.CASES:
+    for channels_last in (False, True):
+        test_kernels.check({str(library)!r}, case, channels_last)
+"""
+    environment = os.environ | {"LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -13,6 +13,7 @@ import torch
 from timm.layers import DropPath, LayerNorm2d, SqueezeExcite, calculate_drop_path_rates, trunc_normal_
 from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm  # SyncBatchNorm too
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from swconv.ops import affine
@@ -67,7 +68,7 @@ class Block(nn.Module):
     def _fold_mixer(self) -> None:
         if hasattr(self.mixer, "reparameterize"):
             self.mixer.reparameterize()
-        scale, shift = affine(self.norm) if isinstance(self.norm, nn.BatchNorm2d) else (None, None)
+        scale, shift = affine(self.norm) if isinstance(self.norm, _BatchNorm) else (None, None)
         if hasattr(self.mixer, "absorb"):
             order = self.mixer.absorb(scale, shift)
         elif scale is not None and isinstance(self.mixer, nn.Conv2d):
@@ -96,7 +97,7 @@ class Block(nn.Module):
         if isinstance(self.grn, GlobalResponseNorm):
             bias = bias + weight @ self.grn.bias
             self.grn.bias.zero_()
-        if isinstance(self.norm_out, nn.BatchNorm2d):
+        if isinstance(self.norm_out, _BatchNorm):
             scale, shift = affine(self.norm_out)
             weight, bias = scale[:, None] * weight, scale * bias + shift
         if self.gamma is not None:

@@ -39,10 +39,8 @@ def handles(x: Tensor, op: str = "strip_branches") -> bool:
 
 def strip_engine(x: Tensor) -> str:
     """"compiled", "toeplitz" or "torch": the best engine that takes this tensor through the strips. Says so once."""
-    if x.is_cuda and _toeplitz_takes(x.dtype):
-        name = "toeplitz"
-    else:
-        name = "compiled" if handles(x) else "torch"
+    half = x.is_cuda and _toeplitz_takes(x.dtype)
+    name = "toeplitz" if half else "compiled" if handles(x) else "torch"
     _say(name, x.device.type, str(x.dtype))
     return name
 

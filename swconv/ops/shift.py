@@ -105,7 +105,8 @@ def _check(maps: Tensor, pad_h: Tensor, pad_v: Tensor, pick: Tensor, halo: int) 
         places = ", ".join(str(tensor.device) for tensor in (maps, pad_h, pad_v, pick))
         raise ValueError(f"shift_add needs maps and tables on one device, got {places}. Move them with .to(maps.device).")
     # Looking at a GPU's tables would make the CPU wait for it, and a graph cannot look at all.
-    if pick.device.type == "cpu" and not torch.compiler.is_compiling() and not (0 <= int(pick.min()) and int(pick.max()) < count):
+    look = pick.device.type == "cpu" and not torch.compiler.is_compiling()
+    if look and (int(pick.min()) < 0 or int(pick.max()) >= count):
         raise ValueError(
             f"shift_add needs pick between 0 and R * n - 1 = {count - 1}, got {int(pick.min())} to {int(pick.max())}. "
             "Are its entries absolute filter indices?"

@@ -83,6 +83,15 @@ def test_the_layer_scale_goes_into_the_contraction_of_the_other_skeleton_too():
     assert module.gamma is None
 
 
+def test_synchronised_norms_fold_as_plain_ones_do():
+    module = block()
+    x = torch.randn(2, 10, 9, 11, dtype=torch.float64)
+    expected = module(x)
+    module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    module.reparameterize()
+    torch.testing.assert_close(module(x), expected, atol=1e-12, rtol=1e-12)
+
+
 @pytest.mark.parametrize("mixer", [depthwise, NormSkipConv2d])
 def test_plain_mixers_take_norm_and_skip_too(mixer):
     module = block(mixer=mixer(10, 3))

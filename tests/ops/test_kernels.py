@@ -17,8 +17,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 CSRC = Path(__file__).parents[2] / "csrc"
 FLAGS = {"portable": [], "avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"]}
-FIELDS = ("images channels height width length_h breadth_h anchor_h length_v breadth_v anchor_v small channel_step "
-          "pixel_step").split()
+FIELDS = ["images", "channels", "height", "width", "length_h", "breadth_h", "anchor_h", "length_v", "breadth_v", "anchor_v",
+          "small", "channel_step", "pixel_step"]
 SHIM = """
 #include "swconv.h"
 #include <algorithm>

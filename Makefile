@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(if $(VENV),$(VENV)/bin/)
 READY  := $(or $(VENV),.snakemake)/.ready
 
-.PHONY: setup demo test gpu ui clean
+.PHONY: setup demo test bench gpu ui clean
 
 setup: $(READY)
 
@@ -27,9 +27,15 @@ test: setup
 	$(BIN)lint-imports
 	$(BIN)python -m pytest -m "not slow"
 
-gpu: setup
+bench: setup
+	$(BIN)python -m swconv bench operator --out reports/bench
+
+# With VENV= it takes the active environment as it is: torch, torchvision, timm, numpy, safetensors, ninja and pytest are enough.
+gpu: $(if $(VENV),setup)
 	$(BIN)python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make gpu needs a GPU that torch sees.')"
+	$(BIN)python -m swconv build --out build/build.json
 	$(BIN)python -m pytest tests/ops tests/models
+	$(BIN)python -m swconv bench operator --device cuda --out reports/bench
 
 ui: setup
 	$(BIN)python -m swconv ui

@@ -43,4 +43,5 @@ onsuccess:
 
 
 onerror:
+    outdate_failed_report()
     record()

@@ -17,6 +17,12 @@ def build(args: argparse.Namespace) -> None:
     builder.build(args.out)
 
 
+def bench(args: argparse.Namespace) -> None:
+    from swconv.bench import operator
+
+    {"operator": operator.run}[args.suite](args.out, args.device, args.quick)
+
+
 def data(args: argparse.Namespace) -> None:
     from swconv import params
     from swconv.training import manifest
@@ -120,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument(name, **_ARGUMENTS[name])
 
     verb(build, "compile csrc/ and record how", "--out")
+    verb(bench, "time the operator against its rivals and write a report", "suite", "--device", "--quick", "--out")
     verb(data, "make or check a profile's images and write their manifest", "--profile", "--out")
     verb(train, "train one run; a killed training resumes", "run", "--profile", "--seed", "--data", "--out", "--planned",
          "--log-every")
@@ -140,6 +147,9 @@ def _seed(text: str) -> int:
 _ARGUMENTS = {
     "run": {"help": "id of a row of params/runs.yaml, e.g. sw11"},
     "report": {"help": "id of a report of params/runs.yaml, e.g. table2"},
+    "suite": {"choices": ["operator"], "help": "what to measure"},
+    "--device": {"choices": ["cpu", "cuda"], "default": "cpu"},
+    "--quick": {"action": "store_true", "help": "tiny maps, a few rounds: only to see that it runs"},
     "--profile": {"required": True, "help": "scale: a file of params/profiles/"},
     "--seed": {"required": True, "type": _seed},
     "--seeds": {"required": True, "type": _seed, "nargs": "+"},

@@ -66,7 +66,7 @@ def one_sentence(capsys, *arguments: str) -> str:
     (["report", "nope", *REPORT], "unknown report nope; the nearest known name is table2"),
     (["report", "table2", "--profile", "smok", *REPORT[2:]], "unknown profile smok; the nearest known name is smoke"),
     (["train", "sw11", "--profile", "smoke", *REST, "--planned", "x"], "swconv/ changed since this run was planned"),
-    (["evaluate", "sw11", "--profile", "smoke", "--weights", "w", *REST, "--planned", "x"], "since this run was planned; repeat"),
+    (["evaluate", "sw11", "--profile", "smoke", "--weights", "w", *REST, "--planned", "x"], "since this run was planned"),
 ])
 def test_faults_end_in_one_sentence_and_exit_code_1(project, capsys, arguments, sentence):
     assert sentence in one_sentence(capsys, *arguments)

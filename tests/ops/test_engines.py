@@ -202,3 +202,15 @@ def test_mixed_and_strided_layouts_give_the_dense_result():
     dense = strip_mix(x.contiguous(), *k)
     assert torch.equal(strip_mix(x, *k), dense)
     assert torch.equal(strip_mix(x.contiguous(), *(t.transpose(2, 3).contiguous().transpose(2, 3) for t in k)), dense)
+
+
+def test_the_toeplitz_operators_are_registered_with_shapes_and_gradients():
+    """On the meta device, as a graph sees them: no GPU is here to run them."""
+    native._register_toeplitz()
+    x = torch.empty(2, 3, 9, 8, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    k = [t.to("meta", torch.bfloat16).requires_grad_() for t in KERNELS]
+    outputs = torch.ops.swconv.toeplitz_branches(x, *k, 7, 7)
+    assert [o.shape for o in outputs] == [x.shape] * 3
+    y = torch.ops.swconv.toeplitz_mix(x, *k, None, 7, 7)
+    grads = torch.autograd.grad([y, *outputs], [x, *k], [torch.empty_like(y)] * 4)
+    assert [g.shape for g in grads] == [t.shape for t in (x, *k)]

@@ -1,0 +1,169 @@
+"""The contenders: the SW operator in all its forms, the large-kernel convolutions beside it, and networks of both."""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import swconv.models  # noqa: F401  registers the networks with timm
+from swconv.bench.work import Stage
+from swconv.ops import ShiftwiseConv2d, assemble, shift_add, shift_add_ref, strip_branches_ref, strip_mix
+
+Three = tuple[Tensor, Tensor, Tensor]
+Sums = Callable[[ShiftwiseConv2d, Tensor], Three]
+
+
+# ---- the sums h, v, i of a layer, each (B, R, H, W), from x (B, R, H, W) and the layer's filters
+
+
+def two_step(layer: ShiftwiseConv2d, x: Tensor) -> Three:
+    """As published: one convolution with n outputs per channel, then shift and add; with atomic additions on the GPU."""
+    op = torch.ops.swconv.shift_add_atomic if x.is_cuda else shift_add
+    return op(_maps(layer, x), layer.pad_h, layer.pad_v, layer.pick.int(), layer.halo)
+
+
+def two_step_gather(layer: ShiftwiseConv2d, x: Tensor) -> Three:
+    """As published, but every output gathers what it adds: no atomic additions."""
+    return layer.shift(_maps(layer, x))
+
+
+def two_step_taps(layer: ShiftwiseConv2d, x: Tensor) -> Three:
+    """The best two steps that torch's operators give: one depthwise convolution per tap, then shift and add."""
+    return layer.shift(layer.responses(x))
+
+
+def torch_strips(layer: ShiftwiseConv2d, x: Tensor) -> Three:
+    """The strip form without our kernels."""
+    anchor = layer.kernel_size // 2
+    return strip_branches_ref(x, *assemble(sum(layer.filters), layer.mixing), anchor, anchor)
+
+
+def reference(layer: ShiftwiseConv2d, x: Tensor) -> Three:
+    """The definition, literally and in plain torch: call it in float64."""
+    return shift_add_ref(_maps(layer, x), layer.pad_h, layer.pad_v, layer.pick, layer.halo)
+
+
+def _maps(layer: ShiftwiseConv2d, x: Tensor) -> Tensor:
+    return F.conv2d(x, sum(layer.filters), padding=layer.halo + layer.small_kernel // 2, groups=x.shape[1])
+
+
+def sums(cuda: bool) -> dict[str, Sums]:
+    """All forms of the operator, ours first."""
+    forms = {"ours": ShiftwiseConv2d.branches, "two_step": two_step, "two_step_gather": two_step_gather,
+             "two_step_taps": two_step_taps, "torch_strips": torch_strips}
+    if not cuda:                                                      # there the published form gathers already
+        del forms["two_step_gather"]
+    return forms
+
+
+# ---- layers and what they are compared with
+
+
+def make_layer(stage: Stage, device: torch.device, edges: int = 4, rep_branches: int = 2) -> ShiftwiseConv2d:
+    """A layer in evaluation whose norms do something, without ghost channels."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stage.number)
+        layer = ShiftwiseConv2d(stage.channels, stage.extent, stage.small, rep_branches, edges, ghost_ratio=0.0)
+        randomize_norms(layer)
+    return layer.eval().to(device)
+
+
+def randomize_norms(module: nn.Module) -> None:
+    """Give every BatchNorm statistics and weights, from torch's generator."""
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            for tensor, low, high in ((norm.running_mean, -0.5, 0.5), (norm.running_var, 0.5, 1.5),
+                                      (norm.weight, 0.5, 1.5), (norm.bias, -0.5, 0.5)):
+                nn.init.uniform_(tensor, low, high)
+
+
+def mixed(layer: ShiftwiseConv2d, parts: Three, x: Tensor) -> Tensor:
+    """Norms and skip: what the layer makes of its sums."""
+    return sum(norm(part) for norm, part in zip(layer.norms, parts, strict=True)) + x
+
+
+def whole(form: Sums, layer: ShiftwiseConv2d, x: Tensor) -> Tensor:
+    """Sums, norms and skip."""
+    return mixed(layer, form(layer, x), x)
+
+
+def folded(layer: ShiftwiseConv2d) -> ShiftwiseConv2d:
+    """A copy with its Rep branches summed: for inference the two-step form needs no more than one."""
+    layer = copy.deepcopy(layer)
+    layer.filters = nn.ParameterList([nn.Parameter(sum(layer.filters).detach())])
+    return layer
+
+
+def deployed(layer: ShiftwiseConv2d, cuda: bool) -> dict[str, Callable[[Tensor], Tensor]]:
+    """The layer in evaluation, in all forms: sums, norms and skip, x -> y."""
+    single, merged, anchor = folded(layer), copy.deepcopy(layer), layer.kernel_size // 2
+    merged.reparameterize()
+    kernels = merged.kernel_h, merged.kernel_v, merged.kernel_c
+
+    def plain(x: Tensor) -> Tensor:
+        return sum(strip_branches_ref(x, *kernels, anchor, anchor)) + merged.bias[:, None, None]
+
+    by_strips = {"ours": lambda x: strip_mix(x, *kernels, merged.bias, anchor, anchor), "torch_strips": plain}
+    return {name: by_strips.get(name, partial(whole, form, single)) for name, form in sums(cuda).items()}
+
+
+def peers(stage: Stage, device: torch.device) -> dict[str, tuple[dict[str, Callable[[Tensor], Tensor]], list[Tensor]]]:
+    """Convolutions of the same size that other networks use: name -> ({way: function of x}, weights).
+
+    Two ways, because padding inside a convolution can leave the library's fast path, and padding before it costs a copy.
+    """
+    generator = torch.Generator().manual_seed(stage.number)
+    sides = {"depthwise13": [(13, 13)], "depthwise7": [(7, 7)], "slak_pair": [(5, stage.extent), (stage.extent, 5)]}
+    known = {}
+    for name, shapes in sides.items():
+        weights = [torch.randn(stage.channels, 1, *shape, generator=generator).to(device).requires_grad_() for shape in shapes]
+        known[name] = {"padding inside": partial(_inside, weights), "padding before": partial(_before, weights)}, weights
+    return known
+
+
+def _inside(weights: list[Tensor], x: Tensor) -> Tensor:
+    return sum(F.conv2d(x, w, padding=(w.shape[2] // 2, w.shape[3] // 2), groups=len(w)) for w in weights)
+
+
+def _before(weights: list[Tensor], x: Tensor) -> Tensor:
+    halves = [(w.shape[2] // 2, w.shape[3] // 2) for w in weights]
+    return sum(F.conv2d(F.pad(x, (b, b, a, a)), w, groups=len(w)) for w, (a, b) in zip(weights, halves, strict=True))
+
+
+# ---- networks
+
+
+class TwoStepMixer(nn.Module):
+    """`ShiftwiseConv2d` in evaluation, in the two-step form."""
+
+    def __init__(self, layer: ShiftwiseConv2d, form: Sums) -> None:
+        super().__init__()
+        self.layer, self.form = folded(layer), form
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner, ghost = self.layer.split(x)                            # (B, R, H, W), (B, C - R, H, W)
+        return torch.cat([whole(self.form, self.layer, inner), ghost], dim=1)
+
+
+def make_network(device: torch.device, **arguments: Any) -> nn.Module:
+    """SW-tiny in evaluation, every part of which does something."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = timm.create_model("sw_tiny", layer_scale_init=1.0, **arguments)
+        randomize_norms(model)
+    return model.eval().to(device)
+
+
+def two_step_network(model: nn.Module, form: Sums) -> nn.Module:
+    """A copy of the network with its mixers in the two-step form."""
+    model = copy.deepcopy(model)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, ShiftwiseConv2d):
+                setattr(parent, name, TwoStepMixer(child, form))
+    return model

@@ -1,0 +1,416 @@
+"""The strip form as products with banded Toeplitz matrices, on tensor cores, in Triton.
+
+A strip is about as long as the map (SW paper section 3). Each of its N lines is then, as a matrix with the tap at
+input - output + anchor for its entries, applied to all rows or columns of the map at once. Per channel, with X its map and
+T the lines' matrices (the strips themselves: csrc/swconv.h):
+
+    h = sum_dy X[y + dy, :] T_h[dy]      v = sum_dx T_v[dx] X[:, x + dx]      i as h, the small kernel being a short strip
+
+and the gradient of the taps of one line is the sums along the diagonals of X[y + dy, :]^T grad_h. Sums are in float32, each
+in one order, so a call repeats bit for bit. Zeros of the matrices are multiplied, too: an infinity or NaN in x spreads along
+its row and column beyond the reach of the taps.
+
+Not yet run on a GPU: run in Triton's interpreter, and compiled for sm_80 and sm_90.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:                      # torch without CUDA comes without Triton; `takes` is then False
+    triton = None
+
+jit = triton.jit if triton else lambda kernel: kernel
+
+PROGRAMS = 1024                          # what a launch is cut into, at least: some for each of 100 to 150 multiprocessors
+BANDS = 80 * 1024                        # bytes of matrices that one program may hold; the least GPU meant has 99 KiB
+
+
+def takes(dtype: torch.dtype) -> bool:
+    """Whether these functions take the dtype on a GPU: half precision, or float32 where torch may use TF32."""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return (tf32 or dtype in (torch.bfloat16, torch.float16)) and triton is not None
+
+
+def strip_branches(
+    x: Tensor, kernel_h: Tensor, kernel_v: Tensor, kernel_c: Tensor, anchor_h: int, anchor_v: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Depthwise convolution with a horizontal strip, a vertical strip and a small centred kernel.
+
+    Parameters
+    ----------
+    x : Tensor of shape (B, C, H, W)
+        bfloat16, float16, or float32 (multiplied as TF32).
+    kernel_h, kernel_v, kernel_c : Tensor of shape (C, 1, N, L), (C, 1, L, N) and (C, 1, S, S)
+        N and S are odd. Rounded to x's dtype.
+    anchor_h, anchor_v : int
+        Index of the tap along the long axis that lies on the output pixel.
+
+    Returns
+    -------
+    h, v, i : Tensor of shape (B, C, H, W)
+        In x's dtype, and channels_last where x is laid out so and not also contiguous.
+    """
+    layout = _layout(x)
+    x = x.contiguous(memory_format=layout)
+    h, v, i = (torch.empty_like(x, memory_format=layout) for _ in range(3))
+    _convolve((x, x, x), (kernel_h, kernel_v, kernel_c), (anchor_h, anchor_v), (h, v, i))
+    return h, v, i
+
+
+def strip_mix(
+    x: Tensor, kernel_h: Tensor, kernel_v: Tensor, kernel_c: Tensor, bias: Tensor | None, anchor_h: int, anchor_v: int
+) -> Tensor:
+    """Sum of the three parts of `strip_branches`, plus a bias of shape (C,), rounded once."""
+    layout = _layout(x)
+    x = x.contiguous(memory_format=layout)
+    y = torch.empty_like(x, memory_format=layout)
+    _convolve((x, x, x), (kernel_h, kernel_v, kernel_c), (anchor_h, anchor_v), (y,), bias)
+    return y
+
+
+def strip_branches_backward(
+    grad_h: Tensor,
+    grad_v: Tensor,
+    grad_i: Tensor,
+    x: Tensor,
+    kernel_h: Tensor,
+    kernel_v: Tensor,
+    kernel_c: Tensor,
+    anchor_h: int,
+    anchor_v: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `strip_branches`; with one tensor for grad_h, grad_v and grad_i, which is faster, of `strip_mix`.
+
+    Parameters
+    ----------
+    grad_h, grad_v, grad_i : Tensor of shape (B, C, H, W)
+        In x's dtype.
+    x, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v
+        As for `strip_branches`.
+
+    Returns
+    -------
+    grad_x : Tensor of shape (B, C, H, W)
+        In x's dtype and memory format.
+    grad_kernel_h, grad_kernel_v, grad_kernel_c : Tensor of shape (C, 1, N, L), (C, 1, L, N) and (C, 1, S, S)
+        In the kernels' dtypes.
+    """
+    layout = _layout(x)
+    grad_h, grad_v, grad_i, x = (maps.contiguous(memory_format=layout) for maps in (grad_h, grad_v, grad_i, x))
+    grad_x = torch.empty_like(x, memory_format=layout)
+    _convolve((grad_h, grad_v, grad_i), (kernel_h, kernel_v, kernel_c), (anchor_h, anchor_v), (grad_x,), sign=-1)
+    grad_kernel_h = _correlate(x, grad_h, kernel_h, anchor_h)
+    grad_kernel_v = _correlate(x.mT, grad_v.mT, kernel_v.mT, anchor_v).mT.contiguous()
+    grad_kernel_c = _correlate(x, grad_i, kernel_c, kernel_c.shape[3] // 2)
+    return grad_x, grad_kernel_h, grad_kernel_v, grad_kernel_c
+
+
+# ---- launches
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    """The one layout of all maps of a call: channels_last where x is that and not also contiguous."""
+    last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _align(x: Tensor) -> tuple[int, ...]:
+    """What height, width and strides are multiples of, at most a load of 16 bytes. (By itself Triton sees 16 or nothing.)"""
+    return tuple(math.gcd(size, 16 // x.element_size()) for size in (*x.shape[2:], *x.stride()))
+
+
+def _side(extent: int, most: int) -> int:
+    """Side of a tile, a power of two. The products want 16 at least; an axis longer than the most is cut."""
+    return min(max(triton.next_power_of_2(extent), 16), most)
+
+
+def _pitch(extent: int, rows: int) -> int:
+    """Rows of a tile that belong to one image. A tile with more of them holds several images."""
+    return min(triton.next_power_of_2(extent), rows)
+
+
+def _convolve(
+    inputs: tuple[Tensor, Tensor, Tensor],
+    kernels: tuple[Tensor, Tensor, Tensor],
+    anchors: tuple[int, int],
+    outputs: tuple[Tensor, ...],
+    bias: Tensor | None = None,
+    sign: int = 1,
+) -> None:
+    """Convolve each input with its kernel, into three outputs or all into one. With sign -1: the adjoint, from x's side."""
+    x = inputs[0]
+    if x.numel() == 0:
+        return
+    images, channels, height, width = x.shape
+    kernel_h, kernel_v, kernel_c = (kernel.contiguous() for kernel in kernels)
+    breadth_h, length_h, length_v, breadth_v, small = *kernel_h.shape[2:], *kernel_v.shape[2:], kernel_c.shape[2]
+    joint = len(outputs) == 1
+    fold = joint and inputs[0] is inputs[1] is inputs[2]
+    fold = fold and small <= breadth_h and small // 2 <= anchors[0] < length_h - small // 2
+    rows, cols = _side(height, 64), _side(width, 64)
+    bands = breadth_h * cols**2 + breadth_v * rows**2 + (0 if fold else small * cols**2)
+    hold = height <= rows and width <= cols and bands * x.element_size() <= BANDS
+    if not hold:
+        rows, cols = _side(height, 32), _side(width, 32)
+    pitch = _pitch(height, rows)
+    tiles = triton.cdiv(height, rows) * triton.cdiv(width, cols)
+    groups = triton.cdiv(images, rows // pitch)
+    share = min(max(channels * tiles * groups // PROGRAMS, 1), 32)
+    with torch.cuda.device_of(x):
+        convolve_kernel[channels, tiles, triton.cdiv(groups, share)](
+            *inputs, *(outputs * 3)[:3], kernel_h, kernel_v, kernel_c, bias, images, height, width, *x.stride(),
+            length_h, length_v, *anchors, share, BREADTH_H=breadth_h, BREADTH_V=breadth_v, SMALL=small, SIGN=sign,
+            JOINT=joint, FOLD=fold, HOLD=hold, ROWS=rows, COLS=cols, PITCH=pitch, ALIGN=_align(x),
+            num_warps=max(rows, cols) // 8, num_stages=1,
+        )
+
+
+def _correlate(x: Tensor, grad: Tensor, kernel: Tensor, anchor: int) -> Tensor:
+    """Gradient of a horizontal strip, or, all three transposed, of a vertical one."""
+    images, channels, height, width = x.shape
+    breadth, length = kernel.shape[2:]
+    if x.numel() == 0:
+        return kernel.new_zeros(kernel.shape)
+    side, rows = _side(width, 64), 32
+    pitch = _pitch(height, rows)
+    blocks, tiles, groups = triton.cdiv(width, side), triton.cdiv(height, rows), triton.cdiv(images, rows // pitch)
+    before = min(triton.cdiv(anchor, side), blocks - 1)
+    after = min(triton.cdiv(length - 1 - anchor, side), blocks - 1)
+    shifts, work = before + 1 + after, groups * tiles * blocks
+    share = max(channels * shifts * work // PROGRAMS, 1)
+    chunks = triton.cdiv(work, share)
+    partial = torch.zeros(chunks * shifts, channels, 1, breadth, length, dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        correlate_kernel[channels, shifts, chunks](
+            x, grad, partial, images, height, width, *x.stride(), length, anchor, before, tiles, blocks, work, share,
+            BREADTH=breadth, SIDE=side, ROWS=rows, PITCH=pitch, ALIGN=_align(x), num_warps=side // 8, num_stages=1,
+        )
+    return partial.sum(0).to(kernel.dtype)
+
+
+# ---- kernels. A tile is rows x columns of one channel, PITCH rows of each of ROWS // PITCH images.
+
+
+@jit
+def _plane(group, channel, images, shape, steps, ROWS: tl.constexpr, PITCH: tl.constexpr, ALIGN: tl.constexpr):
+    """A tile's channel in its group of images: where it begins, and by row the way to its image and if there is one."""
+    height = shape[0] // ALIGN[0] * ALIGN[0]
+    width = shape[1] // ALIGN[1] * ALIGN[1]
+    image_step = steps[0] // ALIGN[2] * ALIGN[2]
+    channel_step = steps[1] // ALIGN[3] * ALIGN[3]
+    row_step = steps[2] // ALIGN[4] * ALIGN[4]
+    pixel_step = steps[3] // ALIGN[5] * ALIGN[5]
+    slot = tl.arange(0, ROWS) // PITCH
+    first = group * (ROWS // PITCH)
+    begin = first.to(tl.int64) * image_step + channel * channel_step
+    return begin, slot * image_step, slot < images - first, height, width, row_step, pixel_step
+
+
+@jit
+def _place(plane, rows, cols):
+    """Offsets of a tile's pixels, and which of them are on the map."""
+    begin, way, exists, height, width, row_step, pixel_step = plane
+    exists = exists & (rows >= 0) & (rows < height)
+    inside = exists[:, None] & ((cols >= 0) & (cols < width))[None, :]
+    return begin + ((way + rows * row_step)[:, None] + (cols * pixel_step)[None, :]), inside
+
+
+@jit
+def _load(maps, plane, rows, cols):
+    offsets, inside = _place(plane, rows, cols)
+    return tl.load(maps + offsets, mask=inside, other=0.0)
+
+
+@jit
+def _store(maps, plane, rows, cols, values):
+    offsets, inside = _place(plane, rows, cols)
+    tl.store(maps + offsets, values.to(maps.dtype.element_ty), mask=inside)
+
+
+@jit
+def _taps(kernel, line_step, tap_step, length, anchor, across, along, BREADTH: tl.constexpr, SIGN: tl.constexpr):
+    """Taps at a displacement of the input from the output, across and along the strip, in float32. 0 off its ends."""
+    line = BREADTH // 2 + SIGN * across
+    tap = anchor + SIGN * along
+    inside = (tap >= 0) & (tap < length) & (line >= 0) & (line < BREADTH)
+    return tl.load(kernel + line * line_step + tap * tap_step, mask=inside, other=0.0).to(tl.float32)
+
+
+@jit
+def _band(strip, across, along, BREADTH: tl.constexpr, SMALL: tl.constexpr, SIGN: tl.constexpr, DTYPE: tl.constexpr):
+    """Matrix of one line of a strip, plus that of a small kernel of side SMALL, if any."""
+    kernel, line_step, tap_step, length, anchor, small = strip
+    band = _taps(kernel, line_step, tap_step, length, anchor, across, along, BREADTH, SIGN)
+    if SMALL:
+        band += _taps(small, SMALL, 1, SMALL, SMALL // 2, across, along, SMALL, SIGN)
+    return band.to(DTYPE)
+
+
+@jit
+def _bands(strip, along, BREADTH: tl.constexpr, SMALL: tl.constexpr, SIGN: tl.constexpr, DTYPE: tl.constexpr):
+    """Matrices of all lines of a strip."""
+    bands = ()
+    for line in tl.static_range(BREADTH):
+        bands = bands + (_band(strip, line - BREADTH // 2, along, BREADTH, SMALL, SIGN, DTYPE),)
+    return bands
+
+
+@jit
+def _reach(strip, start, extent, SIDE: tl.constexpr, SIGN: tl.constexpr):
+    """Blocks of inputs, first and past the last, that the taps reach from the block of outputs at start."""
+    kernel, line_step, tap_step, length, anchor, small = strip
+    before = anchor if SIGN > 0 else length - 1 - anchor
+    end = tl.minimum(start + SIDE + length - 1 - before, extent)
+    return tl.maximum(start - before, 0) // SIDE, tl.cdiv(end, SIDE)
+
+
+@jit
+def _horizontal(
+    total, x, plane, rows, left, width, strip, held,
+    BREADTH: tl.constexpr, SMALL: tl.constexpr, SIGN: tl.constexpr, COLS: tl.constexpr, HOLD: tl.constexpr,
+):
+    """total + sum over dy of X[rows + dy, inputs] T[dy]."""
+    cols = tl.arange(0, COLS)
+    first, last = 0, 1
+    if not HOLD:
+        first, last = _reach(strip, left, width, COLS, SIGN)
+    for block in range(first, last):
+        inputs = block * COLS + cols
+        along = inputs[:, None] - (left + cols)[None, :]
+        for line in tl.static_range(BREADTH):
+            seen = _load(x, plane, rows + line - BREADTH // 2, inputs)
+            band = held[line] if HOLD else _band(strip, line - BREADTH // 2, along, BREADTH, SMALL, SIGN, seen.dtype)
+            total = tl.dot(seen, band, total, input_precision="tf32")
+    return total
+
+
+@jit
+def _upright(rows, inputs, length, ROWS: tl.constexpr, PITCH: tl.constexpr):
+    """Displacements of inputs from rows; off the strip, by its length, where they are of different images."""
+    slot = tl.arange(0, ROWS) // PITCH
+    return tl.where(slot[:, None] == slot[None, :], inputs[None, :] - rows[:, None], length)
+
+
+@jit
+def _vertical(
+    total, x, plane, top, cols, height, strip, held,
+    BREADTH: tl.constexpr, SIGN: tl.constexpr, ROWS: tl.constexpr, PITCH: tl.constexpr, HOLD: tl.constexpr,
+):
+    """total + sum over dx of T[dx] X[inputs, cols + dx]."""
+    rows = tl.arange(0, ROWS) % PITCH
+    first, last = 0, 1
+    if not HOLD:
+        first, last = _reach(strip, top, height, ROWS, SIGN)
+    for block in range(first, last):
+        inputs = block * ROWS + rows
+        along = _upright(top + rows, inputs, strip[3], ROWS, PITCH)
+        for line in tl.static_range(BREADTH):
+            seen = _load(x, plane, inputs, cols + line - BREADTH // 2)
+            band = held[line] if HOLD else _band(strip, line - BREADTH // 2, along, BREADTH, 0, SIGN, seen.dtype)
+            total = tl.dot(band, seen, total, input_precision="tf32")
+    return total
+
+
+@jit
+def convolve_kernel(
+    x_h, x_v, x_c, y_h, y_v, y_c, kernel_h, kernel_v, kernel_c, bias,
+    images, height, width, image_step, channel_step, row_step, pixel_step, length_h, length_v, anchor_h, anchor_v, share,
+    BREADTH_H: tl.constexpr, BREADTH_V: tl.constexpr, SMALL: tl.constexpr, SIGN: tl.constexpr,
+    JOINT: tl.constexpr, FOLD: tl.constexpr, HOLD: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, PITCH: tl.constexpr, ALIGN: tl.constexpr,
+):
+    """One channel, one tile of the outputs, a share of the groups of images.
+
+    JOINT: h + v + i + bias to y_c. FOLD: x_h is x_c, so the small kernel's matrices are added to the horizontal strip's.
+    HOLD: the tile is the whole map; its matrices are built once, for all images.
+    """
+    channel = tl.program_id(0)
+    top = tl.program_id(1) // tl.cdiv(width, COLS) * ROWS
+    left = tl.program_id(1) % tl.cdiv(width, COLS) * COLS
+    rows = top + tl.arange(0, ROWS) % PITCH
+    cols = left + tl.arange(0, COLS)
+    shape = (height, width)
+    steps = (image_step, channel_step, row_step, pixel_step)
+    FOLDED: tl.constexpr = SMALL if FOLD else 0
+    DTYPE: tl.constexpr = x_h.dtype.element_ty
+
+    kernel_h += channel * BREADTH_H * length_h
+    kernel_v += channel * BREADTH_V * length_v
+    kernel_c += channel * SMALL * SMALL
+    strip_h = (kernel_h, length_h, 1, length_h, anchor_h, kernel_c)
+    strip_v = (kernel_v, 1, BREADTH_V, length_v, anchor_v, kernel_c)
+    strip_c = (kernel_c, SMALL, 1, SMALL, SMALL // 2, kernel_c)
+    held_h, held_v, held_c = (), (), ()
+    if HOLD:
+        held_h = _bands(strip_h, cols[:, None] - cols[None, :], BREADTH_H, FOLDED, SIGN, DTYPE)
+        held_v = _bands(strip_v, _upright(rows, rows, length_v, ROWS, PITCH), BREADTH_V, 0, SIGN, DTYPE)
+        if not FOLD:
+            held_c = _bands(strip_c, cols[:, None] - cols[None, :], SMALL, 0, SIGN, DTYPE)
+
+    groups = tl.cdiv(images, ROWS // PITCH)
+    for group in range(tl.program_id(2) * share, tl.minimum((tl.program_id(2) + 1) * share, groups)):
+        plane = _plane(group, channel, images, shape, steps, ROWS, PITCH, ALIGN)
+        none = tl.zeros((ROWS, COLS), tl.float32)
+        total = _horizontal(none, x_h, plane, rows, left, width, strip_h, held_h, BREADTH_H, FOLDED, SIGN, COLS, HOLD)
+        if not JOINT:
+            _store(y_h, plane, rows, cols, total)
+            total = none
+        total = _vertical(total, x_v, plane, top, cols, height, strip_v, held_v, BREADTH_V, SIGN, ROWS, PITCH, HOLD)
+        if not JOINT:
+            _store(y_v, plane, rows, cols, total)
+            total = none
+        if not FOLD:
+            total = _horizontal(total, x_c, plane, rows, left, width, strip_c, held_c, SMALL, 0, SIGN, COLS, HOLD)
+        if bias is not None:
+            total += tl.load(bias + channel).to(tl.float32)
+        _store(y_c, plane, rows, cols, total)
+
+
+@jit
+def correlate_kernel(
+    x, grad, partial, images, height, width, image_step, channel_step, row_step, pixel_step,
+    length, anchor, before, tiles, blocks, work, share,
+    BREADTH: tl.constexpr, SIDE: tl.constexpr, ROWS: tl.constexpr, PITCH: tl.constexpr, ALIGN: tl.constexpr,
+):
+    """One channel, one displacement of the inputs from the outputs in blocks of SIDE, a share of the work.
+
+    The work is all tiles of grad: images, rows, blocks of columns. partial (chunks, displacements, C, BREADTH, length).
+    """
+    channel, chunk = tl.program_id(0), tl.program_id(2)
+    shift = (tl.program_id(1) - before) * SIDE
+    cols = tl.arange(0, SIDE)
+    lines = tl.arange(0, ROWS) % PITCH
+    shape = (height, width)
+    steps = (image_step, channel_step, row_step, pixel_step)
+
+    grams = ()                                                # X[y + dy, inputs]^T grad[y, outputs], one per dy
+    for _ in tl.static_range(BREADTH):
+        grams = grams + (tl.zeros((SIDE, SIDE), tl.float32),)
+    for item in range(chunk * share, tl.minimum((chunk + 1) * share, work)):
+        outputs = item % blocks * SIDE + cols
+        rows = item // blocks % tiles * ROWS + lines
+        plane = _plane(item // blocks // tiles, channel, images, shape, steps, ROWS, PITCH, ALIGN)
+        wanted = _load(grad, plane, rows, outputs)
+        sums = ()
+        for line in tl.static_range(BREADTH):
+            seen = _load(x, plane, rows + line - BREADTH // 2, outputs + shift)
+            sums = sums + (tl.dot(tl.trans(seen), wanted, grams[line], input_precision="tf32"),)
+        grams = sums
+
+    begin = (chunk * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + channel
+    tap = anchor + shift + cols
+    turn = cols[:, None] + cols[None, :]
+    for line in tl.static_range(BREADTH):
+        turned = tl.gather(grams[line], turn % SIDE, 0)       # row j, column output: input (j + output) % SIDE
+        right = tl.sum(tl.where(turn < SIDE, turned, 0.0), 1)                 # diagonal input - output = j
+        left = tl.sum(tl.where(turn < SIDE, 0.0, turned), 1)                  # diagonal input - output = j - SIDE
+        target = partial + (begin * BREADTH + line) * length + tap
+        tl.store(target, right, mask=(tap >= 0) & (tap < length))
+        tl.store(target - SIDE, left, mask=(tap >= SIDE) & (tap < length + SIDE))

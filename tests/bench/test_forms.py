@@ -1,0 +1,51 @@
+"""All forms are one function."""
+
+import pytest
+import timm
+import torch
+
+from swconv.bench import forms
+from swconv.bench.work import Stage
+
+STAGE = Stage(1, 12, 4, 13, 1, 2)
+CPU = torch.device("cpu")
+NETWORK = {"depths": (1, 2), "dims": (8, 16), "kernel_sizes": (13, 7), "num_classes": 5}
+
+
+def relative(got, wanted):
+    return ((got - wanted).norm() / wanted.norm()).item()
+
+
+def draw(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("form", ["ours", "two_step", "two_step_gather", "two_step_taps", "torch_strips"])
+def test_a_form_gives_the_sums_and_the_layer_of_the_definition(form):
+    layer, x = forms.make_layer(STAGE, CPU).double(), draw(2, 4, 12, 12)
+    wanted = forms.reference(layer, x)
+    for got, sum_ in zip(forms.sums(cuda=True)[form](layer, x), wanted, strict=True):
+        assert relative(got, sum_) < 1e-12
+    assert relative(forms.deployed(layer, cuda=True)[form](x), forms.mixed(layer, wanted, x)) < 1e-12
+    assert relative(layer(x), forms.mixed(layer, wanted, x)) < 1e-12
+
+
+@pytest.mark.parametrize("form", [forms.reference, forms.two_step, forms.two_step_taps])
+def test_the_two_step_network_is_the_merged_one(form):
+    model = forms.make_network(CPU, **NETWORK).double()
+    image, before = draw(2, 3, 48, 48), None
+    with torch.no_grad():
+        before = model(image)
+        merged = timm.utils.reparameterize_model(model)(image)
+        two_step = forms.two_step_network(model, form)
+        assert sum(isinstance(module, forms.TwoStepMixer) for module in two_step.modules()) == 3
+        assert relative(two_step(image), merged) <= 1e-9
+        assert relative(model(image), before) == 0                    # the network itself stays as it was
+
+
+@pytest.mark.parametrize("name", ["depthwise13", "depthwise7", "slak_pair"])
+def test_both_ways_of_padding_are_one_function(name):
+    ways, weights = forms.peers(STAGE, CPU)[name]
+    x = draw(2, 4, 12, 12).float()
+    assert len(weights) == (2 if name == "slak_pair" else 1)
+    assert relative(ways["padding inside"](x), ways["padding before"](x)) < 1e-5

@@ -1,0 +1,102 @@
+"""The report holds the numbers of its JSON."""
+
+import pytest
+
+from swconv.bench import page
+
+FORWARD = {"ours": 2.0, "two_step": 84.0, "two_step_taps": 10.0, "torch_strips": 5.0, "depthwise13": 2.5, "depthwise7": 1.0,
+           "slak_pair": 8.0}
+TRAINING = {"ours": 4.0, "ours_layer": 6.0, "two_step": 200.0, "two_step_layer": 210.0, "two_step_taps": 90.0,
+            "torch_strips": 12.0, "depthwise13": 9.0, "depthwise7": 3.0, "slak_pair": 20.0}
+COUNTS = {(1, 1): 1.0, (2, 1): 1.0, (4, 1): 1.01, (1, 2): 1.0, (1, 4): 1.25}
+
+
+def row(ms, threads=2, **labels):
+    return {**labels, "variant": "channels_last", "probe_ms": {}, "threads": threads, "median_ms": ms, "q1_ms": 0.9 * ms,
+            "q3_ms": 1.1 * ms, "rounds": 9, "calls_per_sample": 1}
+
+
+@pytest.fixture
+def record():
+    """One stage of 3 blocks and batch 2; one thread takes 1.5 times as long; a map of ours is 100 bytes."""
+    times = []
+    for cell, known in (("forward", FORWARD), ("training", TRAINING)):
+        for name, ms in known.items():
+            least = {"macs": None, "bytes": None} if name.endswith("_layer") else {"macs": 10**6, "bytes": 4 * 10**6}
+            times += [row(ms * slow, n, cell=cell, stage=1, contender=name, **least) for n, slow in ((1, 1.5), (2, 1))]
+    times += [row(ms, cell="counts", stage=1, mode=mode, edges=e, rep=r)
+              for (e, r), ms in COUNTS.items() for mode in ("forward", "training")]
+    times += [row(ms, cell="network", batch=batch, contender=name)
+              for batch, name, ms in ((1, "ours", 50.0), (1, "two_step", 100.0), (8, "ours", 400.0), (8, "two_step", 480.0))]
+    return {
+        "device": "cpu", "quick": False, "engine": "compiled", "load_before": 0.01, "seconds": 12.3,
+        "git_commit": "abc123", "git_dirty": False, "started": "2026-01-02T03:04:05+00:00",
+        "hardware": {"cpu": "Some CPU", "cores": 2, "gpu": None}, "versions": {"torch": "2.11"},
+        "flags": {"threads": 2, "SWCONV_CPU": None},
+        "plan": {"threads": [1, 2], "batches": [1, 8], "image": 224, "pool": 2**20, "product": 64,
+                 "stages": [{"number": 1, "side": 56, "channels": 60, "extent": 51, "small": 3, "blocks": 3, "batch": 2}]},
+        "tolerance": {"operator": 1e-5, "network": 1e-4},
+        "ceilings": [{"threads": n, "flop_per_s": n * 4e9, "bytes_per_s": 8e9} for n in (1, 2)],
+        "errors": [{"stage": 1, "contender": "two_step", "of": "sums", "error": 3e-7}, {"of": "network", "error": 4e-6}],
+        "memory": [{"stage": 1, "contender": "ours", "map": 100, "peak": 420, "saved": 130, "saved_maps": 0},
+                   {"stage": 1, "contender": "two_step", "map": 100, "peak": 3900, "saved": 110, "saved_maps": 0}],
+        "times": times,
+    }
+
+
+def lines(record):
+    return page.render(record).splitlines()
+
+
+def test_a_stage_tells_time_per_image_spread_ratio_floor_and_format(record):
+    # 84 ms for 2 images; 84 / 2 times ours; the bytes take 0.5 ms, longer than the multiplications
+    assert "| (a) two-step as published | 42.0 (37.8-46.2) | 42.0 | 84.0 | channels_last | 9 |" in lines(record)
+
+
+def test_the_floor_is_the_larger_of_work_and_bytes(record):
+    figures = page.Figures(record)
+    assert figures.floor({"threads": 2, "macs": 10**6, "bytes": 4 * 10**6}) == 0.5
+    assert figures.floor({"threads": 2, "macs": 10**7, "bytes": 4 * 10**6}) == 2.5
+    assert figures.floor({"threads": 1, "macs": 10**7, "bytes": 4 * 10**6}) == 5
+
+
+def test_the_sum_counts_every_block_and_tells_the_gain_of_threads(record):
+    assert "## Summed over the 3 blocks of the network, per image" in lines(record)
+    assert "| **ours**, strips | 3.00 | 1.00 | 2.00 | 4.50 | 1.50 |" in lines(record)
+    assert "| (a) with norms and skip | 315 | 52.5 |  | 472 | 1.50 |" in lines(record)
+
+
+def test_targets_tell_whether_they_are_reached(record):
+    found = lines(record)
+    assert "| forward: (a) two-step as published / ours | >= 20 | >= 35 | 42.0 | reached, and the aim |" in found
+    assert "| forward: (b) best composable two-step / ours | >= 9 |  | 5.000 | **not reached** |" in found
+    assert "| forward: ours / (d) depthwise 13x13 | <= 1.2 | <= 0.8 | 0.800 | reached, and the aim |" in found
+    assert "| forward: (e) SLaK's pair / ours, least of stages 1-3 | >= 2.5 |  | 4.000 | reached |" in found
+    assert "| forward + backward: time with E = 4 / E = 1 | <= 1.02 |  | 1.010 | reached |" in found
+    assert "| forward: time with Rep = 4 / Rep = 1 | <= 1.02 |  | 1.250 | **not reached** |" in found
+    assert "| forward: time with one thread / two | >= 1.7 |  | 1.500 | **not reached** |" in found
+    assert "| SW-tiny, batch 1: two-step / merged | >= 1.7 |  | 2.000 | reached |" in found
+    assert "| SW-tiny, batch 8: two-step / merged | >= 1.7 |  | 1.200 | **not reached** |" in found
+
+
+def test_memory_is_told_in_maps(record):
+    assert "| **ours**, strips | 4.20; 1.30 |" in lines(record)
+    assert "| (a) two-step as published | 39.0; 1.10 |" in lines(record)
+    record["memory"][0]["peak"] = 2000
+    assert any("beyond x, three sums and one gradient" in line and line.endswith("| 16.0 | **not reached** |")
+               for line in lines(record))
+
+
+def test_the_head_tells_machine_commit_versions_flags_and_errors(record):
+    text = page.render(record)
+    assert text.startswith("# The SW operator on 2 cores of Some CPU\n")
+    assert "commit abc123. Engine of ours: compiled. Load before: 0.01." in text
+    assert "Versions: torch 2.11. Flags: threads 2." in text
+    assert "2 threads: 8 GFLOP/s (float32 product of side 64), 8.0 GB/s" in text
+    assert "was 3.0e-07 (stage 1, (a) two-step as published)" in text
+
+
+def test_a_trial_and_changes_that_are_not_committed_are_told(record):
+    text = page.render(record | {"quick": True, "git_dirty": True})
+    assert "its numbers say nothing" in text
+    assert "commit abc123, with changes that are not committed." in text

@@ -1,0 +1,285 @@
+"""The Toeplitz form equals torch's convolution, in Triton's interpreter, and compiles for the GPUs it is made for.
+
+Triton settles at its import whether kernels are compiled or interpreted, so this file, run as a script, does either in a
+process of its own and prints what it found as JSON. The tests judge that.
+"""
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from swconv.ops import toeplitz
+
+ROOT = Path(__file__).parents[2]
+TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
+PARTS = ("h", "v", "i", "mix", "mix_grad_x", "grad_x", "grad_kernel_h", "grad_kernel_v", "grad_kernel_c")
+
+# images, channels, height, width; breadth, length and anchor of the horizontal strip, of the vertical; side of the small kernel
+CASES = {
+    "stage 1": ((1, 1, 56, 56), (3, 51, 25), (3, 51, 25), 3),
+    "stage 2": ((1, 1, 28, 28), (3, 51, 24), (3, 51, 24), 3),
+    "stage 3": ((2, 1, 14, 14), (3, 48, 23), (3, 48, 23), 3),
+    "stage 4, an image left over": ((3, 1, 7, 7), (3, 15, 6), (3, 15, 6), 3),
+    "breadth 5, off-centre anchors": ((1, 1, 14, 20), (5, 9, 0), (5, 9, 8), 3),
+    "low map": ((2, 2, 5, 9), (3, 7, 5), (3, 7, 1), 3),
+    "one row": ((3, 1, 1, 7), (3, 9, 4), (3, 9, 5), 3),
+    "one pixel": ((1, 1, 1, 1), (1, 1, 0), (1, 1, 0), 1),
+    "longer than a tile": ((1, 1, 70, 20), (3, 51, 25), (3, 51, 25), 3),
+    "wider than the reach": ((1, 1, 3, 70), (3, 5, 1), (3, 5, 2), 3),
+    "small kernel broader than the strips": ((1, 1, 8, 8), (3, 7, 3), (3, 7, 2), 5),
+    "small kernel past the strip's end": ((1, 1, 8, 8), (3, 7, 0), (3, 7, 3), 3),
+    "unequal strips": ((1, 2, 6, 11), (7, 5, 3), (3, 9, 2), 3),
+}
+# case, dtype of the maps, dtype of the kernels, layout, PROGRAMS: with 1, a program does all of a channel's work
+RUNS = {
+    **{case: (case, "float32", "float32", "contiguous", 1024) for case in CASES},
+    "channels_last": ("low map", "float32", "float32", "channels_last", 1024),
+    "neither layout": ("low map", "float32", "float32", "transposed", 1024),
+    "one program per channel": ("stage 4, an image left over", "float32", "float32", "contiguous", 1),
+    "wider than the reach": ("wider than the reach", "float32", "float32", "contiguous", 1),
+    "bfloat16, stage 1": ("stage 1", "bfloat16", "bfloat16", "contiguous", 1024),
+    "bfloat16, channels_last": ("low map", "bfloat16", "float32", "channels_last", 1024),
+    "float16": ("low map", "float16", "float32", "contiguous", 1024),
+}
+REPEATED = ("low map", "one program per channel")
+# channels, side of the map, length, anchor
+STAGES = {"stage 1": (60, 56, 51, 25), "stage 2": (122, 28, 51, 24), "stage 3": (246, 14, 48, 23), "stage 4": (492, 7, 15, 6)}
+
+
+def in_process_of_its_own(task, interpret, tmp_path):
+    switches = {"TRITON_INTERPRET": str(int(interpret)), "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | switches | {"PYTHONPATH": str(ROOT)}
+    found = subprocess.run([sys.executable, __file__, task], env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    return json.loads(found.stdout)
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory):
+    return in_process_of_its_own("interpret", True, tmp_path_factory.mktemp("triton"))
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("run", RUNS)
+def test_equals_the_convolution(interpreted, run, part):
+    assert interpreted[run]["errors"][part] < TOLERANCE[RUNS[run][1]]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_results_have_the_layout_and_dtypes_of_their_arguments(interpreted, run):
+    _, dtype, kernel_dtype, layout, _ = RUNS[run]
+    assert interpreted[run]["dtypes"] == [dtype] * 6 + [kernel_dtype] * 3
+    assert interpreted[run]["layouts"] == ["channels_last" if layout == "channels_last" else "contiguous"] * 6
+
+
+@pytest.mark.parametrize("run", REPEATED)
+def test_repeats_bit_for_bit(interpreted, run):
+    assert interpreted[run]["repeats"]
+
+
+def test_no_image_gives_no_output_and_zero_gradients():
+    x = torch.empty(0, 2, 5, 9)
+    kernels = torch.randn(2, 1, 3, 7), torch.randn(2, 1, 7, 3), torch.randn(2, 1, 3, 3)
+    assert [part.shape for part in toeplitz.strip_branches(x, *kernels, 3, 3)] == [x.shape] * 3
+    assert toeplitz.strip_mix(x, *kernels, None, 3, 3).shape == x.shape
+    grad_x, *grads = toeplitz.strip_branches_backward(x, x, x, x, *kernels, 3, 3)
+    assert grad_x.shape == x.shape
+    for grad, kernel in zip(grads, kernels, strict=True):
+        torch.testing.assert_close(grad, torch.zeros_like(kernel), atol=0, rtol=0)
+
+
+@pytest.fixture
+def tf32():
+    """Set whether torch may multiply in TF32, and set it back."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    yield lambda allowed: setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_takes_float32_only_where_torch_may_round_it(tf32, allowed):
+    tf32(allowed)
+    dtypes = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    assert [toeplitz.takes(dtype) for dtype in dtypes] == [True, True, allowed, False]
+
+
+def test_takes_nothing_where_triton_is_missing():
+    script = (
+        "import sys, torch; sys.modules['triton'] = None; from swconv.ops import toeplitz; "
+        "sys.exit(toeplitz.takes(torch.bfloat16))"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
+@pytest.mark.slow
+def test_kernels_fit_an_a100_and_do_not_spill(tmp_path):
+    compiled = in_process_of_its_own("compile", False, tmp_path)
+    assert len(compiled) == 2 * 6 * len(STAGES)
+    assert {name: use for name, use in compiled.items() if use["shared"] > 160 * 1024 or use["stack"]} == {}
+
+
+# ---- in the process of its own
+
+
+def convolution(x, kernel, anchor_y, anchor_x):
+    """By torch: the tap at the anchor lies on the output pixel."""
+    height, width = kernel.shape[2:]
+    return F.conv2d(F.pad(x, (anchor_x, width - 1 - anchor_x, anchor_y, height - 1 - anchor_y)), kernel, groups=x.shape[1])
+
+
+def relative(got, wanted):
+    return ((got.double() - wanted).norm() / wanted.norm()).item()
+
+
+def layout_of(maps):
+    if maps.is_contiguous():
+        return "contiguous"
+    return "channels_last" if maps.is_contiguous(memory_format=torch.channels_last) else "neither"
+
+
+def interpret(run):
+    case, dtype, kernel_dtype, layout, programs = RUNS[run]
+    size, (breadth_h, length_h, anchor_h), (breadth_v, length_v, anchor_v), small = CASES[case]
+    toeplitz.PROGRAMS = programs
+    generator, channels = torch.Generator().manual_seed(0), size[1]
+    x, *grads = (torch.randn(size, generator=generator).to(getattr(torch, dtype)) for _ in range(4))
+    shapes = (channels, 1, breadth_h, length_h), (channels, 1, length_v, breadth_v), (channels, 1, small, small)
+    kernels = [torch.randn(shape, generator=generator).to(getattr(torch, kernel_dtype)) for shape in shapes]
+    bias = torch.randn(channels, generator=generator) if channels > 1 else None
+    if layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif layout == "transposed":
+        x = x.mT.contiguous().mT
+
+    def outcome():
+        parts = toeplitz.strip_branches(x, *kernels, anchor_h, anchor_v)
+        mix = toeplitz.strip_mix(x, *kernels, bias, anchor_h, anchor_v)
+        mix_grad_x = toeplitz.strip_branches_backward(*grads[:1] * 3, x, *kernels, anchor_h, anchor_v)[0]
+        backward = toeplitz.strip_branches_backward(*grads, x, *kernels, anchor_h, anchor_v)
+        return *parts, mix, mix_grad_x, *backward
+
+    inputs = [tensor.double().requires_grad_() for tensor in (x, *kernels)]
+    anchors = (breadth_h // 2, anchor_h), (anchor_v, breadth_v // 2), (small // 2, small // 2)
+    parts = [convolution(inputs[0], kernel, *anchor) for kernel, anchor in zip(inputs[1:], anchors, strict=True)]
+    mix = sum(parts) if bias is None else sum(parts) + bias[:, None, None]
+    mix_grad_x, = torch.autograd.grad(mix, inputs[:1], grads[0].double(), retain_graph=True)
+    backward = torch.autograd.grad(parts, inputs, [grad.double() for grad in grads])
+    wanted = *parts, mix, mix_grad_x, *backward
+    got = outcome()
+    return {
+        "errors": {part: relative(a, b.detach()) for part, a, b in zip(PARTS, got, wanted, strict=True)},
+        "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in got],
+        "layouts": [layout_of(maps) for maps in got[:6]],
+        "repeats": run in REPEATED and all(torch.equal(a, b) for a, b in zip(got, outcome(), strict=True)),
+    }
+
+
+def interpret_all():
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch_tensor, dot = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot
+
+    def patch_tensor_for_numpy_2_4(tensor, scope):
+        """Scalars are arrays of shape (1,), which numpy 2.4 turns into no int."""
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    def dot_of_values(self, a, b, *rest):
+        """bfloat16 is held as uint16, and the interpreter multiplies the bit patterns as if they were numbers."""
+        return dot(self, *(widened(factor) for factor in (a, b)), *rest)
+
+    def widened(factor):
+        if factor.get_element_ty() != tl.bfloat16:
+            return factor
+        return interpreter.TensorHandle((factor.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    interpreter._patch_lang_tensor = patch_tensor_for_numpy_2_4
+    interpreter.InterpreterBuilder.create_dot = dot_of_values
+    torch.empty_like = functools.partial(torch.full_like, fill_value=float("nan"))          # a pixel not written is seen
+    return {run: interpret(run) for run in RUNS}
+
+
+class Recorder:
+    """In the place of a kernel: keeps what it would be launched with."""
+
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: self.launches.append((self.kernel, arguments, options))
+
+
+def launches(channels, side, length, anchor):
+    """The launches for 128 images in bfloat16, by name."""
+    recorded = []
+    kernels = {name: getattr(toeplitz, name) for name in ("convolve_kernel", "correlate_kernel")}
+    for name, kernel in kernels.items():
+        setattr(toeplitz, name, Recorder(kernel, recorded))
+    x, *grads = (torch.empty(128, channels, side, side, dtype=torch.bfloat16) for _ in range(4))
+    shapes = (channels, 1, 3, length), (channels, 1, length, 3), (channels, 1, 3, 3)
+    strips = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
+    toeplitz.strip_branches(x, *strips, anchor, anchor)
+    toeplitz.strip_mix(x, *strips, torch.empty(channels), anchor, anchor)
+    toeplitz.strip_branches_backward(*grads, x, *strips, anchor, anchor)
+    for name, kernel in kernels.items():
+        setattr(toeplitz, name, kernel)
+    names = ("branches", "mix", "grad_x", "grad_kernel_h", "grad_kernel_v", "grad_kernel_c")
+    return dict(zip(names, recorded, strict=True))
+
+
+def compile_launch(kernel, arguments, options, architecture):
+    """Compile as Triton would for the launch: 1 and None are constants, and what 16 divides is known."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    names = kernel.arg_names
+    constants = {name: value for name, value in options.items() if name in names}
+    signature, divisible = {}, {}
+    for place, (name, value) in enumerate(zip(names, arguments, strict=False)):
+        if isinstance(value, torch.Tensor):
+            signature[name] = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[value.dtype]
+        elif value is None or value == 1:
+            constants[name] = value
+        else:
+            signature[name] = "i32"
+        if isinstance(value, torch.Tensor) or name in signature and value % 16 == 0:
+            divisible[place,] = [["tt.divisibility", 16]]
+    signature = {name: signature.get(name, "constexpr") for name in names}
+    asked = {name: value for name, value in options.items() if name not in names}
+    return triton.compile(
+        triton.compiler.ASTSource(kernel, signature, constants, divisible), GPUTarget("cuda", architecture, 32), asked
+    )
+
+
+def resources(compiled, folder):
+    """Registers and bytes of stack per thread, as the binary says; bytes of shared memory per program, as Triton says."""
+    from triton import knobs
+
+    binary = Path(folder) / "kernel.cubin"
+    binary.write_bytes(compiled.asm["cubin"])
+    told = subprocess.run([knobs.nvidia.cuobjdump.path, "-res-usage", binary], capture_output=True, text=True, check=True)
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", told.stdout).groups()
+    return {"registers": int(registers), "stack": int(stack), "shared": compiled.metadata.shared}
+
+
+def compile_all():
+    return {
+        f"{stage}, {name}, sm_{architecture}": resources(compile_launch(*launch, architecture), os.environ["TRITON_CACHE_DIR"])
+        for stage, sizes in STAGES.items()
+        for name, launch in launches(*sizes).items()
+        for architecture in (80, 90)
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps({"interpret": interpret_all, "compile": compile_all}[sys.argv[1]]()))

@@ -85,7 +85,7 @@ def plan_for(device: torch.device, quick: bool) -> Plan:
     if not quick:
         return plan
     network = {"depths": (1, 1), "dims": (8, 16), "kernel_sizes": (11, 5)}
-    return replace(plan, stages=TINY, pool=2**16, network=network, image=32, batches=plan.batches[:2], product=128,
+    return replace(plan, stages=TINY, pool=2**16, network=network, image=32, batches=(1, 2), product=128,
                    copied=2**20, forward=BLINK, training=BLINK, counts=BLINK, whole=BLINK)
 
 
@@ -159,7 +159,7 @@ def _circumstances(plan: Plan, device: torch.device) -> dict[str, Any]:
     kept = ("git_commit", "git_dirty", "library_sha256", "code", "started", "hardware", "versions", "flags")
     probe = torch.zeros(1, device=device)
     flags = {"cpu_capability": torch.backends.cpu.get_cpu_capability(), "cudnn_benchmark": torch.backends.cudnn.benchmark,
-             **{name: os.environ.get(name) for name in ("SWCONV_CPU", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")}}
+             **{name: os.environ.get(name) for name in ("SWCONV_CPU", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")}}
     versions = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()} if device.type == "cuda" else {}
     kept = {name: told[name] for name in kept}
     return {"suite": "operator", "device": device.type, "engine": native.strip_engine(probe),

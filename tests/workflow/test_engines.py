@@ -40,6 +40,7 @@ def test_what_dvc_makes_snakemake_leaves_alone(finished):
     assert finished.results() == results
 
 
+@pytest.mark.slow
 def test_dvc_starts_from_nothing(fresh, tmp_path):
     project = fresh.copy(tmp_path / "project")
     project.keep_rows("sw03", "sw15")
@@ -53,6 +54,7 @@ def test_dvc_starts_from_nothing(fresh, tmp_path):
     assert project.results() == results
 
 
+@pytest.mark.slow
 def test_seeds_changed_and_changed_back_repeat_no_run(finished):
     finished.keep_rows("sw03", "sw15")
     finished.snakemake()
@@ -71,6 +73,7 @@ def test_seeds_changed_and_changed_back_repeat_no_run(finished):
     assert finished.results() == more
 
 
+@pytest.mark.slow
 def test_dvc_remembers_a_profile_while_another_is_active(finished):
     recorded = (finished.root / "dvc.lock").read_text()
     finished.activate("mini", [0], "reports")
@@ -93,6 +96,7 @@ def test_a_comment_is_recorded_without_running_anything(finished):
     assert finished.results() == results
 
 
+@pytest.mark.slow
 def test_a_clone_takes_over_what_dvc_pulled(finished, tmp_path):
     finished.run("dvc", "remote", "add", "--default", "here", str(tmp_path / "remote"))
     finished.run("dvc", "push")
@@ -115,6 +119,7 @@ def test_a_clone_takes_over_what_dvc_pulled(finished, tmp_path):
     assert clone.results() == results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dep", "path", "stage"), [
     ("swconv/models", "swconv/models/sw.py", "run@smoke-sw03"),
     ("swconv/training/tracking.py", "swconv/training/tracking.py", "table2@smoke"),
@@ -137,6 +142,7 @@ def test_an_edit_that_one_engine_sees_the_other_sees_too(finished, path, old, ne
     assert stage in finished.run("dvc", "status")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "code"), [(["snakemake", "--cores", "all"], 0), (["dvc", "repro"], 255)])
 def test_nothing_is_recorded_of_a_run_during_which_params_were_edited(finished, command, code):
     lock = (finished.root / "dvc.lock").read_text()
@@ -159,6 +165,7 @@ def test_a_job_refuses_a_row_that_was_edited_since_its_run_was_planned(finished)
     assert finished.results().items() < results.items()
 
 
+@pytest.mark.slow
 def test_the_sentence_about_a_lost_database_names_the_command_that_makes_it(finished):
     for path in finished.root.glob("mlflow.db*"):
         path.unlink()
@@ -186,6 +193,7 @@ def test_a_report_that_fails_leaves_the_old_one(finished):
     assert finished.planned() == {}
 
 
+@pytest.mark.slow
 def test_a_broken_dvc_spoils_no_run(finished):
     (finished.root / ".dvc/config").write_text("[core\n")
     (finished.root / "artifacts/smoke/reports/table2.md").unlink()
@@ -194,6 +202,7 @@ def test_a_broken_dvc_spoils_no_run(finished):
     assert (finished.root / "artifacts/smoke/reports/table2.md").exists()
 
 
+@pytest.mark.slow
 def test_a_run_trains_anew_each_time_that_it_is_forced(finished):
     target = "artifacts/smoke/train/sw15/seed0/metrics.json"  # of one seed of two, so that no stage can be recorded
     finished.activate("smoke", [0, 1], "artifacts/smoke/reports")

@@ -8,6 +8,8 @@ import time
 from base64 import urlsafe_b64encode
 from pathlib import Path
 
+import pytest
+
 RUN = "artifacts/smoke/train/sw15/seed0"
 
 
@@ -45,6 +47,7 @@ def test_the_whole_tree_killed_ends_with_the_weights_of_an_undisturbed_run(finis
         assert (finished.root / RUN / name).read_bytes() == (undisturbed.root / RUN / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_driver_alone_killed_trains_nothing_twice(finished):
     lengthen(finished)
     driver = train_until_first_checkpoint(finished, finished.environment)
@@ -67,6 +70,7 @@ def test_killed_between_publishing_and_snakemakes_note_needs_no_option(finished)
     assert finished.planned(target) == {}
 
 
+@pytest.mark.slow
 def test_a_lock_of_a_living_driver_is_respected(finished):
     lengthen(finished)
     driver = train_until_first_checkpoint(finished, finished.environment)
@@ -77,6 +81,7 @@ def test_a_lock_of_a_living_driver_is_respected(finished):
         driver.wait()
 
 
+@pytest.mark.slow
 def test_a_file_from_the_future_costs_no_result(finished):
     results = finished.results()
     path = Path(finished.root, "artifacts/smoke/data/data.json")
@@ -88,6 +93,7 @@ def test_a_file_from_the_future_costs_no_result(finished):
     assert finished.results() == results
 
 
+@pytest.mark.slow
 def test_a_failed_run_stops_no_other_and_its_old_results_come_back(finished):
     results = finished.results()
     finished.replace("params/runs.yaml", "{sparsity: {scores: concat}}", "{lr: 1.0e+30}")  # sw15

@@ -31,9 +31,10 @@ ARCHITECTURES = {
 }
 CXX_SOURCES = ["csrc/shift_add_cpu.cpp", "csrc/binding.cpp"]
 STRIPS_SOURCE = "csrc/strips_cpu.cpp"  # compiled once for every set of vector instructions; binding.cpp takes the best
+SCARCE = "-fno-predictive-commoning"       # 16 registers are too few to carry taps from line to line
 INSTRUCTIONS = {
-    "portable": "",
-    **({"avx2": "-march=x86-64-v3", "avx512": "-march=x86-64-v4 -mprefer-vector-width=512"}
+    "portable": SCARCE,
+    **({"avx2": f"-march=x86-64-v3 {SCARCE}", "avx512": "-march=x86-64-v4 -mprefer-vector-width=512"}
        if platform.machine() == "x86_64" else {}),
 }
 CUDA_SOURCES = ["csrc/shift_add.cu", "csrc/strips.cu"]

@@ -9,27 +9,33 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <new>
+#include <type_traits>
 #include <utility>
 
 #include "swconv.h"
 
 #define SWCONV_JOIN(a, b) a##b
 #define SWCONV_NAMED(a, b) SWCONV_JOIN(a, b)
-#define SWCONV_INLINE inline __attribute__((always_inline))
+#define SWCONV_INLINED __attribute__((always_inline))
+#define SWCONV_INLINE inline SWCONV_INLINED
 
 namespace swconv {
 namespace {
 
-// kRows x kColumns sums of a tile stay in registers, at most kSums of them.
+// kRows x kColumns pixels of a tile at most; kSums sums of it stay in registers.
 #if defined(__AVX512F__)
-constexpr int kBytes = 64, kRows = 7, kColumns = 4, kSums = 24;
+constexpr int kBytes = 64, kSums = 24;
 #elif defined(__AVX__)
-constexpr int kBytes = 32, kRows = 6, kColumns = 3, kSums = 12;
+constexpr int kBytes = 32, kSums = 12;
 #else
-constexpr int kBytes = 16, kRows = 6, kColumns = 3, kSums = 12;
+constexpr int kBytes = 16, kSums = 12;
 #endif
-constexpr int kTaps = 4, kAcross = 3;  // sums of a tile of the weight gradient
+constexpr int kRows = 7, kColumns = 4;
+constexpr int kTaps = 4, kAcross = 3;       // sums of a tile of the weight gradient
+constexpr int kPairTaps = 8, kOutputs = 4;  // in pairs: sums of a tile, and gradients beside them
+constexpr int kPairsFrom = 10;              // taps that a strip needs for pairs to pay
 
 template <class T>
 struct Lanes {
@@ -55,14 +61,16 @@ SWCONV_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 template <class T>
 struct Memory {
+  size_t bytes;
   T* data;
 
-  explicit Memory(int64_t count) {
-    const size_t bytes = (static_cast<size_t>(most(count, 1)) * sizeof(T) + 63) / 64 * 64;
-    data = static_cast<T*>(std::aligned_alloc(64, bytes));
+  explicit Memory(int64_t count)
+      : bytes((static_cast<size_t>(most(count, 1)) * sizeof(T) + 63) / 64 * 64),
+        data(static_cast<T*>(std::aligned_alloc(64, bytes))) {
     if (data == nullptr) throw std::bad_alloc();
-    std::memset(static_cast<void*>(data), 0, bytes);
+    clear();
   }
+  void clear() { std::memset(static_cast<void*>(data), 0, bytes); }
   Memory(const Memory&) = delete;
   ~Memory() { std::free(data); }
 };
@@ -116,20 +124,25 @@ struct Block {
   T* data;
   int64_t channel, pixel, channels, pixels;
 
-  bool whole() const { return channels == Lanes<T>::count; }
+  // Of the pixels, so many from the first on lie before the block's end with a whole vector each. Where the block is
+  // narrower than a vector, the lanes left over hold what comes next, and nobody uses them.
+  int64_t readable() const {
+    const int64_t room = (pixels - 1) * pixel + channels - Lanes<T>::count;
+    return room < 0 ? 0 : least(pixels, room / most(pixel, 1) + 1);
+  }
 };
 
 template <class T>
 void copy_in(const Block<const T>& from, const Pixels<T>& to) {
   constexpr int64_t n = Lanes<T>::count;
   int64_t done = 0;
-  if (from.whole() && from.channel == 1) {
-    to.walk(0, from.pixels, [&](T* at, int64_t p) { save(at, load(from.data + p * from.pixel)); });
-    done = from.pixels;
-  } else if (from.whole() && from.pixel == 1) {
+  if (from.channel == 1) {
+    done = from.readable();
+    to.walk(0, done, [&](T* at, int64_t p) { save(at, load(from.data + p * from.pixel)); });
+  } else if (from.pixel == 1) {
     for (; done + n <= from.pixels; done += n) {
       vector_t<T> square[n];
-      for (int64_t c = 0; c < n; ++c) square[c] = load(from.data + c * from.channel + done);
+      for (int64_t c = 0; c < n; ++c) square[c] = load(from.data + least(c, from.channels - 1) * from.channel + done);
       transpose<T>(square);
       to.walk(done, n, [&](T* at, int64_t i) { save(at, square[i]); });
     }
@@ -143,12 +156,12 @@ template <class T>
 void copy_out(const Pixels<T>& from, const Block<T>& to) {
   constexpr int64_t n = Lanes<T>::count;
   int64_t done = 0;
-  if (to.whole() && to.pixel == 1) {
+  if (to.pixel == 1) {
     for (; done + n <= to.pixels; done += n) {
       vector_t<T> square[n];
       from.walk(done, n, [&](const T* at, int64_t i) { square[i] = load(at); });
       transpose<T>(square);
-      for (int64_t c = 0; c < n; ++c) save(to.data + c * to.channel + done, square[c]);
+      for (int64_t c = 0; c < to.channels; ++c) save(to.data + c * to.channel + done, square[c]);
     }
   }
   from.walk(done, to.pixels - done, [&](const T* at, int64_t i) {
@@ -158,43 +171,82 @@ void copy_out(const Pixels<T>& from, const Block<T>& to) {
 
 // ---- a strip
 
-// The taps of a strip for a block of channels, one vector each: tap t of column a at (a * length + t) * lanes.
+// How a strip lies in a kernel: tap t of column a at t * along + a * across.
+struct Shape {
+  int64_t length, breadth, anchor, along, across;
+};
+
+// The taps of a strip that can meet a map of `size` pixels along it, for a block of channels, one vector each.
+//
+// Plainly, tap t of column a is at (a * length + t) * lanes. In pairs (below), four weights for three columns.
 template <class T>
 struct Strip {
-  int64_t length, breadth, anchor, along, across;  // steps of t and of a in the kernel
-  Memory<T> kernel, taps, turned;                  // `turned`: by half a turn, for the adjoint
+  static constexpr int64_t n = Lanes<T>::count;
+  Shape shape;
+  int64_t first, length, breadth, anchor;  // `first` of the kernel's taps
+  bool paired;
+  Memory<T> kernel, taps;
 
-  Strip(int64_t length, int64_t breadth, int64_t anchor, int64_t along, int64_t across)
-      : length(length), breadth(breadth), anchor(anchor), along(along), across(across), kernel(vectors()),
-        taps(vectors()), turned(vectors()) {}
+  Strip(const Shape& shape, int64_t size)
+      : shape(shape), first(most(0, shape.anchor - (size - 1))), length(least(shape.length, shape.anchor + size) - first),
+        breadth(shape.breadth), anchor(shape.anchor - first), paired(breadth == 3 && length >= kPairsFrom),
+        kernel(count() * n), taps(size_of_taps()) {}
 
-  int64_t count() const { return length * breadth; }
-  int64_t vectors() const { return count() * Lanes<T>::count; }
+  int64_t size_of_taps() const { return (paired ? 4 : breadth) * length * n; }
 
-  // channels: those of the block, `count()` values each, one channel behind the other.
-  void set(const T* from, int64_t channels) {
-    constexpr int64_t n = Lanes<T>::count;
+  int64_t count() const { return shape.length * shape.breadth; }
+  T* tap(int64_t a, int64_t t) const { return taps.data + (a * length + t) * n; }
+  T* value(int64_t a, int64_t t) const { return kernel.data + ((first + t) * shape.along + a * shape.across) * n; }
+
+  // The kernel of a block of channels, `count()` values each, one channel behind the other.
+  void read(const T* from, int64_t channels) {
     copy_in<T>({from, count(), 1, channels, count()}, {kernel.data, 0, n, count()});
-    for (int64_t a = 0; a < breadth; ++a)
-      for (int64_t t = 0; t < length; ++t) {
-        const vector_t<T> tap = load(kernel.data + (t * along + a * across) * n);
-        const int64_t place = a * length + t;
-        save(taps.data + place * n, tap);
-        save(turned.data + (count() - 1 - place) * n, tap);
-      }
   }
 
-  // Add the centred small kernel of the same breadth, so that it costs nothing; false where it does not fit.
+  // Add a centred small kernel of the same breadth, so that it costs nothing; false where it does not fit.
   bool absorb(const Strip& small) {
-    constexpr int64_t n = Lanes<T>::count;
-    const int64_t first = anchor - small.anchor;
-    if (small.breadth != breadth || first < 0 || first + small.length > length) return false;
-    for (int64_t a = 0; a < breadth; ++a)
-      for (int64_t t = 0; t < small.length; ++t) {
-        T* tap = taps.data + (a * length + first + t) * n;
-        save(tap, load(tap) + load(small.taps.data + (a * small.length + t) * n));
+    const int64_t before = shape.anchor - small.shape.anchor;
+    if (small.breadth != breadth || before < 0 || before + small.shape.length > shape.length) return false;
+    for (int64_t t = 0; t < small.shape.length; ++t)
+      for (int64_t a = 0; a < breadth; ++a) {
+        T* to = kernel.data + ((before + t) * shape.along + a * shape.across) * n;
+        save(to, load(to) + load(small.kernel.data + (t * small.shape.along + a * small.shape.across) * n));
       }
     return true;
+  }
+
+  // Lay out the taps; `turn` the kernel by half a turn, for the adjoint.
+  void lay(bool turn) {
+    for (int64_t t = 0; t < length; ++t) {
+      const int64_t at = turn ? length - 1 - t : t;
+      const auto column = [&](int64_t a) { return load(value(turn ? breadth - 1 - a : a, at)); };
+      if (paired) {
+        const vector_t<T> sides = column(0) + column(2), middle = column(1);
+        save(tap(0, t), column(0));
+        save(tap(1, t), (sides + middle) / 2);
+        save(tap(2, t), (sides - middle) / 2);
+        save(tap(3, t), -column(2));
+      } else {
+        for (int64_t a = 0; a < breadth; ++a) save(tap(a, t), column(a));
+      }
+    }
+  }
+
+  // The kernel's gradients from those of the taps, which lie as the taps do.
+  void gradient(const T* sums, T* to, int64_t step, int64_t channels) {
+    const auto sum = [&](int64_t a, int64_t t) { return load(sums + (a * length + t) * n); };  // 2: with the other sign
+    kernel.clear();
+    for (int64_t t = 0; t < length; ++t) {
+      if (paired) {
+        const vector_t<T> sides = (sum(1, t) - sum(2, t)) / 2;
+        save(value(0, t), sum(0, t) + sides);
+        save(value(1, t), (sum(1, t) + sum(2, t)) / 2);
+        save(value(2, t), sides - sum(3, t));
+      } else {
+        for (int64_t a = 0; a < breadth; ++a) save(value(a, t), sum(a, t));
+      }
+    }
+    copy_out<T>({kernel.data, 0, n, count()}, {to, step, 1, channels, count()});
   }
 };
 
@@ -207,116 +259,224 @@ struct Filter {
   T* out;
   int64_t out_along, out_across;
   const T* bias;  // one vector, or null
-  bool add;       // to what is there
+  const T* plus;  // added, or null; it may be `out`
+  int64_t plus_along, plus_across;
 };
 
 template <class T, int R, int K>
-void filter_tile(const Filter<T>& f, int64_t o, int64_t s) {
-  constexpr int64_t n = Lanes<T>::count;
+SWCONV_INLINE void finish(const Filter<T>& f, int64_t o, int64_t s, int64_t step, const vector_t<T> (&sum)[R][K]) {
   T* out = f.out + o * f.out_along + s * f.out_across;
-  vector_t<T> sum[R][K] = {};
-  if (f.bias) {
-    const vector_t<T> bias = load(f.bias);
-#pragma GCC unroll 8
-    for (int j = 0; j < R; ++j)
-#pragma GCC unroll 4
-      for (int k = 0; k < K; ++k) sum[j][k] = bias;
-  }
-  const int64_t begin = most(0, o - f.anchor), end = least(f.size_along, o + R - 1 + f.length - f.anchor);
-  const T* line = f.in + begin * f.in_along + (s - f.breadth / 2) * f.in_across;
-  for (int64_t r = begin; r < end; ++r, line += f.in_along) {
-    const int64_t first = r - o + f.anchor;  // tap of the tile's first row; row j has tap first - j
-    const T *x = line, *tap = f.taps + first * n;
-    if (first >= R - 1 && first < f.length) {
-      for (int64_t a = 0; a < f.breadth; ++a, x += f.in_across, tap += f.length * n) {
-        vector_t<T> pixel[K];
-#pragma GCC unroll 4
-        for (int k = 0; k < K; ++k) pixel[k] = load(x + k * f.in_across);
-#pragma GCC unroll 8
-        for (int j = 0; j < R; ++j) {
-          const vector_t<T> w = load(tap - j * n);
-#pragma GCC unroll 4
-          for (int k = 0; k < K; ++k) sum[j][k] += w * pixel[k];
-        }
-      }
-    } else {
-      for (int64_t a = 0; a < f.breadth; ++a, x += f.in_across, tap += f.length * n) {
-        vector_t<T> pixel[K];
-#pragma GCC unroll 4
-        for (int k = 0; k < K; ++k) pixel[k] = load(x + k * f.in_across);
-#pragma GCC unroll 8
-        for (int j = 0; j < R; ++j) {
-          if (first < j || first - j >= f.length) continue;
-          const vector_t<T> w = load(tap - j * n);
-#pragma GCC unroll 4
-          for (int k = 0; k < K; ++k) sum[j][k] += w * pixel[k];
-        }
-      }
-    }
-  }
+  const T* plus = f.plus + o * f.plus_along + s * f.plus_across;
+  const int64_t columns = (f.size_across - s + step - 1) / step;
 #pragma GCC unroll 8
   for (int j = 0; j < R; ++j)
 #pragma GCC unroll 4
     for (int k = 0; k < K; ++k) {
-      T* to = out + j * f.out_along + k * f.out_across;
-      save(to, f.add ? load(to) + sum[j][k] : sum[j][k]);
+      if (k >= columns) break;
+      vector_t<T> value = sum[j][k];
+      if (f.plus) value += load(plus + j * f.plus_along + k * step * f.plus_across);
+      save(out + j * f.out_along + k * step * f.out_across, value);
     }
 }
 
-template <class T>
-using FilterTile = void (*)(const Filter<T>&, int64_t, int64_t);
-
 template <class T, int R, int K>
-constexpr FilterTile<T> filter_tile_or_null() {
-  if constexpr (R * K <= kSums)
-    return filter_tile<T, R, K>;
-  else
-    return nullptr;
+SWCONV_INLINE void begin_with(const T* bias, vector_t<T> (&sum)[R][K]) {
+  const vector_t<T> value = bias ? load(bias) : vector_t<T>{};
+#pragma GCC unroll 8
+  for (int j = 0; j < R; ++j)
+#pragma GCC unroll 4
+    for (int k = 0; k < K; ++k) sum[j][k] = value;
 }
 
-// Tiles by rows and columns, from 1 on.
-template <class T>
-struct FilterTiles {
-  FilterTile<T> of[kRows][kColumns];
+// Calls body(line, first, inside) for the lines of input that meet a tile of R rows at o: row j of the tile has tap
+// first - j of that line, and all R of them where `inside`, a constant, is true.
+template <int R, class Body>
+SWCONV_INLINE void for_lines(int64_t o, int64_t anchor, int64_t length, int64_t size, const Body& body) {
+  const int64_t begin = most(0, o - anchor), end = least(size, o + R - 1 + length - anchor);
+  const int64_t full = most(begin, o - anchor + R - 1), partial = most(full, least(end, o - anchor + length));
+  int64_t r = begin;
+  for (; r < full && r < end; ++r) body(r, r - o + anchor, std::false_type());
+  for (; r < partial; ++r) body(r, r - o + anchor, std::true_type());
+  for (; r < end; ++r) body(r, r - o + anchor, std::false_type());
+}
 
-  constexpr FilterTiles() : of() { fill(std::make_index_sequence<kRows * kColumns>()); }
-  template <size_t... I>
-  constexpr void fill(std::index_sequence<I...>) {
-    ((of[I / kColumns][I % kColumns] = filter_tile_or_null<T, I / kColumns + 1, I % kColumns + 1>()), ...);
+// How a tile is computed. `sums` lie in registers for each of its rows and columns.
+struct Plain {
+  static constexpr int sums = 1;
+  template <class T, int R, int K>
+  static void tile(const Filter<T>& f, int64_t o, int64_t s);
+};
+struct Small : Plain {  // for a kernel no longer than broad
+  template <class T, int R, int K>
+  static void tile(const Filter<T>& f, int64_t o, int64_t s);
+};
+struct Paired {
+  static constexpr int sums = 2;
+  template <class T, int R, int K>
+  static void tile(const Filter<T>& f, int64_t o, int64_t pair);
+};
+
+template <class T, int R, int K>
+void Plain::tile(const Filter<T>& f, int64_t o, int64_t s) {
+  constexpr int64_t n = Lanes<T>::count;
+  vector_t<T> sum[R][K];
+  begin_with<T, R, K>(f.bias, sum);
+  for_lines<R>(o, f.anchor, f.length, f.size_along, [&](int64_t r, int64_t first, auto inside) SWCONV_INLINED {
+    const T *x = f.in + r * f.in_along + (s - f.breadth / 2) * f.in_across, *tap = f.taps + first * n;
+    for (int64_t a = 0; a < f.breadth; ++a, x += f.in_across, tap += f.length * n) {
+      vector_t<T> pixel[K];
+#pragma GCC unroll 4
+      for (int k = 0; k < K; ++k) pixel[k] = load(x + k * f.in_across);
+#pragma GCC unroll 8
+      for (int j = 0; j < R; ++j) {
+        if (!inside && (first < j || first - j >= f.length)) continue;
+        const vector_t<T> w = load(tap - j * n);
+#pragma GCC unroll 4
+        for (int k = 0; k < K; ++k) sum[j][k] += w * pixel[k];
+      }
+    }
+  });
+  finish<T, R, K>(f, o, s, 1, sum);
+}
+
+// The margin holds zeros on all four sides.
+template <class T, int R, int K>
+void Small::tile(const Filter<T>& f, int64_t o, int64_t s) {
+  constexpr int64_t n = Lanes<T>::count;
+  vector_t<T> sum[R][K];
+  begin_with<T, R, K>(f.bias, sum);
+  for (int64_t t = 0; t < f.length; ++t) {
+    const T* x = f.in + (o + t - f.anchor) * f.in_along + (s - f.breadth / 2) * f.in_across;
+    for (int64_t a = 0; a < f.breadth; ++a, x += f.in_across) {
+      const vector_t<T> w = load(f.taps + (a * f.length + t) * n);
+#pragma GCC unroll 8
+      for (int j = 0; j < R; ++j)
+#pragma GCC unroll 4
+        for (int k = 0; k < K; ++k) sum[j][k] += w * load(x + j * f.in_along + k * f.in_across);
+    }
+  }
+  finish<T, R, K>(f, o, s, 1, sum);
+}
+
+// Two neighbours across a strip of three columns at once, by Winograd's F(2, 3) (Lavin and Gray 2016, section 4.1):
+//   y0 = k0 x[-1] + k1 x[0] + k2 x[1] = p1 + p2 + p0,   p0 = k0 (x[-1] - x[1]),   p1 = (k0 + k1 + k2) / 2 (x[0] + x[1]),
+//   y1 = k0 x[0]  + k1 x[1] + k2 x[2] = p1 - p2 + p3,   p3 = -k2 (x[0] - x[2]),   p2 = (k0 - k1 + k2) / 2 (x[1] - x[0]),
+// so that four sums over the taps do the work of six. `in` holds the pairs' four factors in x, see Pairs.
+
+template <class T, int R, int K>
+void Paired::tile(const Filter<T>& f, int64_t o, int64_t pair) {
+  constexpr int64_t n = Lanes<T>::count;
+  vector_t<T> even[R][K], odd[R][K];
+  const auto add = [&](int m, int64_t r, int64_t first, auto inside, vector_t<T>(&sum)[R][K]) SWCONV_INLINED {
+    const T *x = f.in + (m * f.in_across + pair) * f.in_along + r * n, *tap = f.taps + (m * f.length + first) * n;
+    vector_t<T> factor[K];
+#pragma GCC unroll 4
+    for (int k = 0; k < K; ++k) factor[k] = load(x + k * f.in_along);
+#pragma GCC unroll 8
+    for (int j = 0; j < R; ++j) {
+      if (!inside && (first < j || first - j >= f.length)) continue;
+      const vector_t<T> w = load(tap - j * n);
+#pragma GCC unroll 4
+      for (int k = 0; k < K; ++k) sum[j][k] += w * factor[k];
+    }
+  };
+  const auto add_both = [&](int m_even, int m_odd) SWCONV_INLINED {
+    for_lines<R>(o, f.anchor, f.length, f.size_along, [&](int64_t r, int64_t first, auto inside) SWCONV_INLINED {
+      add(m_even, r, first, inside, even);
+      add(m_odd, r, first, inside, odd);
+    });
+  };
+  begin_with<T, R, K>(nullptr, even);
+  begin_with<T, R, K>(nullptr, odd);
+  add_both(1, 2);
+  const vector_t<T> bias = f.bias ? load(f.bias) : vector_t<T>{};
+#pragma GCC unroll 8
+  for (int j = 0; j < R; ++j)
+#pragma GCC unroll 4
+    for (int k = 0; k < K; ++k) {
+      const vector_t<T> p1 = even[j][k] + bias, p2 = odd[j][k];
+      even[j][k] = p1 + p2;
+      odd[j][k] = p1 - p2;
+    }
+  add_both(0, 3);
+  finish<T, R, K>(f, o, 2 * pair, 2, even);
+  finish<T, R, K>(f, o, 2 * pair + 1, 2, odd);
+}
+
+// Factor m of pair p on line r at origin + (m * pairs + p) * column + r * lanes; zeros before and behind every column.
+template <class T>
+struct Pairs {
+  static constexpr int64_t n = Lanes<T>::count, margin = kPairTaps;
+  int64_t pairs, column;
+  Memory<T> memory;
+  T* origin;
+
+  Pairs(int64_t size_along, int64_t size_across)
+      : pairs((size_across + 1) / 2), column((size_along + 2 * margin) * n), memory(4 * pairs * column),
+        origin(memory.data + margin * n) {}
+
+  void set(const T* in, int64_t along, int64_t across, int64_t size_along, int64_t size_across) {
+    for (int64_t p = 0; p < pairs; ++p) {
+      const T* x = in + 2 * p * across;
+      const int64_t next = 2 * p + 2 <= size_across ? 2 * across : across;  // zeros too, and there is no wider margin
+      T* to = origin + p * column;
+      for (int64_t r = 0; r < size_along; ++r, x += along, to += n) {
+        const vector_t<T> left = load(x - across), even = load(x), odd = load(x + across), right = load(x + next);
+        save(to, left - odd);
+        save(to + pairs * column, even + odd);
+        save(to + 2 * pairs * column, odd - even);
+        save(to + 3 * pairs * column, even - right);
+      }
+    }
   }
 };
 
-// Cycles that one line of input costs a tile: multiplications, loads, or waiting for the last sum.
-constexpr double line_cost(int64_t rows, int64_t columns) {
-  const double most_of_two = rows * columns > rows + columns ? rows * columns / 2.0 : (rows + columns) / 2.0;
-  return rows == 0 || columns == 0 ? 0 : most_of_two > 4 ? most_of_two : 4;
-}
+template <class T, class Kind>
+struct Tiles {
+  void (*of[kRows][kColumns])(const Filter<T>&, int64_t, int64_t);  // by rows and columns, from 1 on
+
+  constexpr Tiles() : of() { fill(std::make_index_sequence<kRows * kColumns>()); }
+  template <size_t... I>
+  constexpr void fill(std::index_sequence<I...>) {
+    ((of[I / kColumns][I % kColumns] = one<I / kColumns + 1, I % kColumns + 1>()), ...);
+  }
+  template <int R, int K>
+  static constexpr auto one() -> void (*)(const Filter<T>&, int64_t, int64_t) {
+    if constexpr (R * K * Kind::sums <= kSums)
+      return Kind::template tile<T, R, K>;
+    else
+      return nullptr;
+  }
+};
 
 struct TileSize {
   int64_t rows, columns;
 };
 
-// The tile that covers a map of along x across pixels at the least cost.
-TileSize best_tile(int64_t along, int64_t across) {
+// The tile that covers a map of along x across pixels (or pairs) at the least cost. A line of input costs it the greater
+// number of multiplications and of loads (taps are nearer than pixels), or waiting for the last sum; the tile, its stores.
+TileSize best_tile(int64_t along, int64_t across, int64_t length, int64_t sums) {
+  const auto cost = [&](int64_t rows, int64_t columns) {
+    const int64_t sum = sums * rows * columns, loads = sums * (rows + 3 * columns);
+    return rows && columns ? least(length, along) * most(most(sum, loads), 8) + 2 * sum + 16 : 0;
+  };
   TileSize best{1, 1};
-  double least_cost = -1;
+  int64_t least_cost = -1;
   for (int64_t r = 1; r <= kRows; ++r)
-    for (int64_t k = 1; k <= kColumns && r * k <= kSums; ++k) {
+    for (int64_t k = 1; k <= kColumns && r * k * sums <= kSums; ++k) {
       const int64_t tall = along / r, wide = across / k, low = along % r, slim = across % k;
-      const double cost = tall * (wide * line_cost(r, k) + line_cost(r, slim)) +
-                          (wide * line_cost(low, k) + line_cost(low, slim));
-      if (least_cost < 0 || cost < least_cost) best = {r, k}, least_cost = cost;
+      const int64_t whole = tall * (wide * cost(r, k) + cost(r, slim)) + wide * cost(low, k) + cost(low, slim);
+      if (least_cost < 0 || whole < least_cost) best = {r, k}, least_cost = whole;
     }
   return best;
 }
 
-template <class T>
-void filter(const Filter<T>& f) {
-  static constexpr FilterTiles<T> tiles{};
-  const TileSize tile = best_tile(f.size_along, f.size_across);
-  for (int64_t s = 0; s < f.size_across; s += tile.columns)
+template <class Kind, class T>
+void cover(const Filter<T>& f, TileSize tile, int64_t across) {
+  static constexpr Tiles<T, Kind> tiles{};
+  for (int64_t s = 0; s < across; s += tile.columns)
     for (int64_t o = 0; o < f.size_along; o += tile.rows)
-      tiles.of[least(tile.rows, f.size_along - o) - 1][least(tile.columns, f.size_across - s) - 1](f, o, s);
+      tiles.of[least(tile.rows, f.size_along - o) - 1][least(tile.columns, across - s) - 1](f, o, s);
 }
 
 // sums[a][t] += sum_o sum_s grad[o, s] in[o + t - anchor, s + a - breadth / 2]: the adjoint of Filter in its taps.
@@ -384,6 +544,70 @@ void correlate(const Correlation<T>& c) {
       tiles.of[least(kTaps, c.length - t) - 1][least(kAcross, c.breadth - a) - 1](c, t, a);
 }
 
+// The same in pairs, for the four weights: the factors of the input against g0, g0 + g1, g0 - g1 and g1 of a pair of
+// gradients. The middle two are factors 1 and, with the other sign, 2 of the gradient's own pairs.
+template <class T>
+struct PairCorrelation {
+  int64_t length, anchor, size_along, pairs;
+  const T *in, *grad;  // of Pairs
+  int64_t column;
+  const T* plain;  // the gradients themselves
+  int64_t along, across;
+  T* sums;
+};
+
+template <class T, int R>
+void pair_correlation_tile(const PairCorrelation<T>& c, int64_t m, int64_t t, int64_t pairs) {
+  constexpr int64_t n = Lanes<T>::count;
+  const int64_t begin = most(0, c.anchor - t - (R - 1)), end = least(c.size_along, c.size_along + c.anchor - t);
+  const bool plainly = m == 0 || m == 3;
+  const int64_t step = plainly ? c.along : n;
+  vector_t<T> sum[R] = {};
+  for (int64_t p = 0; p < pairs; ++p) {
+    const T* x = c.in + (m * c.pairs + p) * c.column + (t - c.anchor) * n;
+    const T* g = plainly ? c.plain + (2 * p + m / 3) * c.across : c.grad + (m * c.pairs + p) * c.column;
+    const auto add = [&](int64_t o, auto outputs) SWCONV_INLINED {
+      constexpr int O = decltype(outputs)::value;
+      vector_t<T> grad[O];
+#pragma GCC unroll 4
+      for (int q = 0; q < O; ++q) grad[q] = load(g + (o + q) * step);
+#pragma GCC unroll 16
+      for (int j = 0; j < R + O - 1; ++j) {
+        const vector_t<T> pixel = load(x + (o + j) * n);
+#pragma GCC unroll 4
+        for (int q = 0; q < O; ++q)
+          if (j >= q && j - q < R) sum[j - q] += grad[q] * pixel;
+      }
+    };
+    int64_t o = begin;
+    for (; o + kOutputs <= end; o += kOutputs) add(o, std::integral_constant<int, kOutputs>());
+    for (; o < end; ++o) add(o, std::integral_constant<int, 1>());
+  }
+  T* to = c.sums + (m * c.length + t) * n;
+#pragma GCC unroll 8
+  for (int j = 0; j < R; ++j) save(to + j * n, load(to + j * n) + sum[j]);
+}
+
+template <class T>
+struct PairCorrelationTiles {
+  void (*of[kPairTaps])(const PairCorrelation<T>&, int64_t, int64_t, int64_t);
+
+  constexpr PairCorrelationTiles() : of() { fill(std::make_index_sequence<kPairTaps>()); }
+  template <size_t... I>
+  constexpr void fill(std::index_sequence<I...>) {
+    ((of[I] = pair_correlation_tile<T, I + 1>), ...);
+  }
+};
+
+template <class T>
+void correlate(const PairCorrelation<T>& c, int64_t size_across) {
+  static constexpr PairCorrelationTiles<T> tiles{};
+  const int64_t rows = (c.length - 1) / ((c.length - 1) / kPairTaps + 1) + 1;  // tiles of about one size
+  for (int64_t m = 0; m < 4; ++m)
+    for (int64_t t = 0; t < c.length; t += rows)
+      tiles.of[least(rows, c.length - t) - 1](c, m, t, m == 3 ? size_across / 2 : c.pairs);
+}
+
 // ---- a task: a block of channels of some images
 
 // The pixels of one image with a margin of zeros.
@@ -400,24 +624,101 @@ struct Plane {
   }
 };
 
+// Pixels seen along a strip.
 template <class T>
-struct Task {
-  const StripSizes& s;
-  int64_t channel, channels, begin, end;  // images begin <= b < end
-  Strip<T> h, v, c;
+struct View {
+  T* origin;
+  int64_t along, across;
+};
 
-  Task(const StripSizes& s, int64_t task, const T* kernel_h, const T* kernel_v, const T* kernel_c)
-      : s(s), channel(task % strip_blocks(s, Lanes<T>::count) * Lanes<T>::count),
-        channels(least(Lanes<T>::count, s.channels - channel)),
-        begin(task / strip_blocks(s, Lanes<T>::count) * kStripImages), end(least(begin + kStripImages, s.images)),
-        h(s.length_h, s.breadth_h, s.anchor_h, 1, s.length_h), v(s.length_v, s.breadth_v, s.anchor_v, s.breadth_v, 1),
-        c(s.small, s.small, s.small / 2, s.small, 1) {
-    h.set(kernel_h + channel * h.count(), channels);
-    v.set(kernel_v + channel * v.count(), channels);
-    c.set(kernel_c + channel * c.count(), channels);
+// A strip of a layer, horizontal or tall, with room for the pairs of its input.
+template <class T>
+struct Part {
+  int64_t size_along, size_across;
+  bool tall, small;
+  Strip<T> strip;
+  TileSize tile;
+  Pairs<T> pairs;
+
+  Part(const StripSizes& s, bool tall, const Shape& shape)
+      : size_along(tall ? s.height : s.width), size_across(tall ? s.width : s.height), tall(tall),
+        small(shape.length <= shape.breadth && shape.anchor == shape.length / 2), strip(shape, size_along),
+        tile(strip.paired ? best_tile(size_along, (size_across + 1) / 2, strip.length, Paired::sums)
+                          : best_tile(size_along, size_across, strip.length, Plain::sums)),
+        pairs(room()) {}
+
+  Pairs<T> room() const { return strip.paired ? Pairs<T>(size_along, size_across) : Pairs<T>(0, 0); }
+
+  template <class U>
+  View<U> view(const Pixels<U>& p) const {
+    return tall ? View<U>{p.origin, p.row, p.column} : View<U>{p.origin, p.column, p.row};
   }
 
+  void pair(const Pixels<T>& in, Pairs<T>& to) const {
+    const View<T> from = view(in);
+    if (strip.paired) to.set(from.origin, from.along, from.across, size_along, size_across);
+  }
+
+  // out = the strip of `in`, whose pairs are there, + bias + plus; either may be null.
+  void filter(const Pixels<T>& in, const Pixels<T>& out, int64_t anchor, const T* bias, const Pixels<T>* plus) const {
+    const View<T> from = view(in), to = view(out), more = plus ? view(*plus) : View<T>{nullptr, 0, 0};
+    Filter<T> f{strip.length, strip.breadth, anchor, size_along, size_across, strip.taps.data, from.origin, from.along,
+                from.across, to.origin, to.along, to.across, bias, more.origin, more.along, more.across};
+    if (strip.paired) {
+      f.in = pairs.origin, f.in_along = pairs.column, f.in_across = pairs.pairs;
+      cover<Paired>(f, tile, pairs.pairs);
+    } else if (small) {
+      cover<Small>(f, tile, size_across);
+    } else {
+      cover<Plain>(f, tile, size_across);
+    }
+  }
+  void forward(const Pixels<T>& in, const Pixels<T>& out, const T* bias = nullptr, const Pixels<T>* plus = nullptr) {
+    pair(in, pairs);
+    filter(in, out, strip.anchor, bias, plus);
+  }
+
+  // The adjoint: out = the turned strip of grad (+ plus), and what the taps' gradients gain, beside `x` in pairs.
+  void backward(const Pixels<T>& in, const Pairs<T>& x, const Pixels<T>& grad, const Pixels<T>& out,
+                const Pixels<T>* plus, T* sums) {
+    pair(grad, pairs);
+    const View<T> from = view(in), g = view(grad);
+    if (strip.paired)
+      correlate<T>({strip.length, strip.anchor, size_along, pairs.pairs, x.origin, pairs.origin, pairs.column, g.origin,
+                    g.along, g.across, sums}, size_across);
+    else
+      correlate<T>({strip.length, strip.breadth, strip.anchor, size_along, size_across, from.origin, g.origin, g.along,
+                    g.across, sums});
+    filter(grad, out, strip.length - 1 - strip.anchor, nullptr, plus);
+  }
+};
+
+// What one thread needs for its tasks, task after task.
+template <class T>
+struct Worker {
+  static constexpr int64_t n = Lanes<T>::count;
+  const StripSizes& s;
+  Part<T> h, v, c;
+  Plane<T> in, spare;
+  int64_t channel = 0, channels = 0, begin = 0, end = 0;  // of the task; images begin <= b < end
+
+  explicit Worker(const StripSizes& s)
+      : s(s), h(s, false, {s.length_h, s.breadth_h, s.anchor_h, 1, s.length_h}),
+        v(s, true, {s.length_v, s.breadth_v, s.anchor_v, s.breadth_v, 1}), c(s, true, {s.small, s.small, s.small / 2, s.small, 1}),
+        in(s, margin()), spare(s, 0) {}
+
   int64_t margin() const { return most(most(s.breadth_h, s.breadth_v), s.small) / 2; }
+
+  void start(int64_t task, const T* kernel_h, const T* kernel_v, const T* kernel_c) {
+    const int64_t blocks = strip_blocks(s, n);
+    channel = task % blocks * n;
+    channels = least(n, s.channels - channel);
+    begin = task / blocks * kStripImages;
+    end = least(begin + kStripImages, s.images);
+    h.strip.read(kernel_h + channel * h.strip.count(), channels);
+    v.strip.read(kernel_v + channel * v.strip.count(), channels);
+    c.strip.read(kernel_c + channel * c.strip.count(), channels);
+  }
 
   template <class U>
   Block<U> block(U* tensor, int64_t image) const {
@@ -428,51 +729,26 @@ struct Task {
 
   // Calls body(pixels to write) and sees to it that what it writes is in the tensor.
   template <class Body>
-  void write(T* tensor, int64_t image, const Plane<T>& spare, const Body& body) const {
+  void write(T* tensor, int64_t image, const Body& body) const {
     const Block<T> to = block(tensor, image);
-    if (to.whole() && to.channel == 1) return body(Pixels<T>{to.data, s.width * to.pixel, to.pixel, s.width});
+    if (to.channels == n && to.channel == 1) return body(Pixels<T>{to.data, s.width * to.pixel, to.pixel, s.width});
     body(spare.pixels);
     copy_out(spare.pixels, to);
-  }
-
-  // The horizontal strip (or, `tall`, the vertical one) of `in`.
-  Filter<T> filter_of(const Strip<T>& strip, bool tall, bool adjoint, const Pixels<T>& in, const Pixels<T>& out,
-                      bool add, const T* bias = nullptr) const {
-    const int64_t anchor = adjoint ? strip.length - 1 - strip.anchor : strip.anchor;
-    const T* taps = adjoint ? strip.turned.data : strip.taps.data;
-    if (tall)
-      return {strip.length, strip.breadth, anchor, s.height, s.width, taps, in.origin, in.row, in.column,
-              out.origin, out.row, out.column, bias, add};
-    return {strip.length, strip.breadth, anchor, s.width, s.height, taps, in.origin, in.column, in.row,
-            out.origin, out.column, out.row, bias, add};
-  }
-
-  Correlation<T> correlation_of(const Strip<T>& strip, bool tall, const Pixels<T>& in, const Pixels<T>& grad,
-                                T* sums) const {
-    if (tall)
-      return {strip.length, strip.breadth, strip.anchor, s.height, s.width, in.origin, grad.origin, in.row, in.column,
-              sums};
-    return {strip.length, strip.breadth, strip.anchor, s.width, s.height, in.origin, grad.origin, in.column, in.row,
-            sums};
   }
 };
 
 template <class T>
 void branches(const StripSizes& s, const T* x, const T* kernel_h, const T* kernel_v, const T* kernel_c, T* h, T* v,
               T* i, int64_t begin, int64_t end) {
-  for (int64_t number = begin; number < end; ++number) {
-    const Task<T> task(s, number, kernel_h, kernel_v, kernel_c);
-    const Plane<T> in(s, task.margin()), spare(s, 0);
-    for (int64_t image = task.begin; image < task.end; ++image) {
-      copy_in<T>(task.block(x, image), in.pixels);
-      const auto write = [&](const Strip<T>& strip, bool tall, T* tensor) {
-        task.write(tensor, image, spare, [&](const Pixels<T>& out) {
-          filter(task.filter_of(strip, tall, false, in.pixels, out, false));
-        });
-      };
-      write(task.h, false, h);
-      write(task.v, true, v);
-      write(task.c, true, i);
+  Worker<T> w(s);
+  for (int64_t task = begin; task < end; ++task) {
+    w.start(task, kernel_h, kernel_v, kernel_c);
+    for (Part<T>* part : {&w.h, &w.v, &w.c}) part->strip.lay(false);
+    for (int64_t image = w.begin; image < w.end; ++image) {
+      copy_in<T>(w.block(x, image), w.in.pixels);
+      w.write(h, image, [&](const Pixels<T>& out) { w.h.forward(w.in.pixels, out); });
+      w.write(v, image, [&](const Pixels<T>& out) { w.v.forward(w.in.pixels, out); });
+      w.write(i, image, [&](const Pixels<T>& out) { w.c.forward(w.in.pixels, out); });
     }
   }
 }
@@ -480,19 +756,19 @@ void branches(const StripSizes& s, const T* x, const T* kernel_h, const T* kerne
 template <class T>
 void mix(const StripSizes& s, const T* x, const T* kernel_h, const T* kernel_v, const T* kernel_c, const T* bias, T* y,
          int64_t begin, int64_t end) {
-  for (int64_t number = begin; number < end; ++number) {
-    Task<T> task(s, number, kernel_h, kernel_v, kernel_c);
-    const bool absorbed = task.v.absorb(task.c);
-    const Memory<T> shift(Lanes<T>::count);
-    for (int64_t c = 0; bias && c < task.channels; ++c) shift.data[c] = bias[task.channel + c];
-    const Plane<T> in(s, task.margin()), spare(s, 0);
-    for (int64_t image = task.begin; image < task.end; ++image) {
-      copy_in<T>(task.block(x, image), in.pixels);
-      task.write(y, image, spare, [&](const Pixels<T>& out) {
-        filter(task.filter_of(task.v, true, false, in.pixels, out, false, shift.data));
-        filter(task.filter_of(task.h, false, false, in.pixels, out, true));
-        if (!absorbed) filter(task.filter_of(task.c, true, false, in.pixels, out, true));
-      });
+  Worker<T> w(s);
+  const Memory<T> shift(Lanes<T>::count);
+  const Pixels<T>&in = w.in.pixels, &sum = w.spare.pixels;
+  for (int64_t task = begin; task < end; ++task) {
+    w.start(task, kernel_h, kernel_v, kernel_c);
+    const bool absorbed = w.v.strip.absorb(w.c.strip);
+    for (Part<T>* part : {&w.h, &w.v, &w.c}) part->strip.lay(false);
+    for (int64_t c = 0; bias && c < w.channels; ++c) shift.data[c] = bias[w.channel + c];
+    for (int64_t image = w.begin; image < w.end; ++image) {
+      copy_in<T>(w.block(x, image), in);
+      w.v.forward(in, sum, shift.data);
+      if (!absorbed) w.c.forward(in, sum, nullptr, &sum);
+      w.write(y, image, [&](const Pixels<T>& out) { w.h.forward(in, out, nullptr, &sum); });
     }
   }
 }
@@ -500,39 +776,44 @@ void mix(const StripSizes& s, const T* x, const T* kernel_h, const T* kernel_v, 
 template <class T>
 void backward(const StripSizes& s, const T* grad_h, const T* grad_v, const T* grad_i, const T* x, const T* kernel_h,
               const T* kernel_v, const T* kernel_c, T* grad_x, T* partial, int64_t begin, int64_t end) {
-  constexpr int64_t n = Lanes<T>::count;
-  for (int64_t number = begin; number < end; ++number) {
-    const Task<T> task(s, number, kernel_h, kernel_v, kernel_c);
-    const Plane<T> in(s, task.margin()), grad(s, task.margin()), spare(s, 0);
-    const struct {
-      const T* grad;
-      const Strip<T>& strip;
-      bool tall;
-      Memory<T> sums;
-    } parts[] = {{grad_h, task.h, false, Memory<T>(task.h.vectors())},
-                 {grad_v, task.v, true, Memory<T>(task.v.vectors())},
-                 {grad_i, task.c, true, Memory<T>(task.c.vectors())}};
-    for (int64_t image = task.begin; image < task.end; ++image) {
-      copy_in<T>(task.block(x, image), in.pixels);
-      task.write(grad_x, image, spare, [&](const Pixels<T>& out) {
-        const T* there = nullptr;
-        for (const auto& part : parts) {
-          if (part.grad != there) copy_in<T>(task.block(part.grad, image), grad.pixels);
-          there = part.grad;
-          correlate(task.correlation_of(part.strip, part.tall, in.pixels, grad.pixels, part.sums.data));
-          filter(task.filter_of(part.strip, part.tall, true, grad.pixels, out, &part != parts));
-        }
-      });
+  Worker<T> w(s);
+  const Plane<T> grad(s, w.margin());
+  const Pixels<T>&in = w.in.pixels, &sum = w.spare.pixels;
+  struct {
+    const T* grad;
+    Part<T>& part;
+    Pairs<T> x;
+    Memory<T> sums;
+  } parts[] = {{grad_h, w.h, w.h.room(), Memory<T>(w.h.strip.size_of_taps())},
+               {grad_v, w.v, w.v.room(), Memory<T>(w.v.strip.size_of_taps())},
+               {grad_i, w.c, w.c.room(), Memory<T>(w.c.strip.size_of_taps())}};
+  for (int64_t task = begin; task < end; ++task) {
+    w.start(task, kernel_h, kernel_v, kernel_c);
+    for (auto& part : parts) {
+      part.part.strip.lay(true);
+      part.sums.clear();
+    }
+    for (int64_t image = w.begin; image < w.end; ++image) {
+      const T* there = nullptr;
+      copy_in<T>(w.block(x, image), in);
+      for (auto& part : parts) {
+        if (part.grad != there) copy_in<T>(w.block(part.grad, image), grad.pixels);
+        there = part.grad;
+        part.part.pair(in, part.x);
+        const auto back = [&](const Pixels<T>& out) {
+          part.part.backward(in, part.x, grad.pixels, out, &part == parts ? nullptr : &sum, part.sums.data);
+        };
+        if (&part == std::end(parts) - 1)
+          w.write(grad_x, image, back);
+        else
+          back(sum);
+      }
     }
     const int64_t taps = strip_taps(s);
-    T* to = partial + (task.begin / kStripImages * s.channels + task.channel) * taps;
-    for (const auto& part : parts) {
-      const Strip<T>& k = part.strip;
-      for (int64_t c = 0; c < task.channels; ++c)
-        for (int64_t a = 0; a < k.breadth; ++a)
-          for (int64_t t = 0; t < k.length; ++t)
-            to[c * taps + t * k.along + a * k.across] = part.sums.data[(a * k.length + t) * n + c];
-      to += k.count();
+    T* to = partial + (w.begin / kStripImages * s.channels + w.channel) * taps;
+    for (auto& part : parts) {
+      part.part.strip.gradient(part.sums.data, to, taps, w.channels);
+      to += part.part.strip.count();
     }
   }
 }

@@ -23,6 +23,7 @@ from swconv.bench.timing import Contender, Pace, Progress, ceilings, compare, tr
 from swconv.bench.work import Stage
 from swconv.ops import ShiftwiseConv2d, native
 from swconv.training import record
+from swconv.training.memory import keep_freed_memory
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 TOLERANCE = {"operator": 1e-5, "network": 1e-4}                       # relative errors in float32
@@ -111,6 +112,7 @@ def run(out: Path, device: str = "cpu", quick: bool = False) -> tuple[Path, Path
 def measure(plan: Plan, device: torch.device) -> dict[str, Any]:
     """All that the report tells: circumstances, ceilings, `errors`, `times` (rows of `timing.compare`) and `memory`."""
     cuda, start = device.type == "cuda", time.perf_counter()
+    keep_freed_memory()
     bar = Progress(1 + 4 * len(plan.stages) + 1 + len(plan.batches))
     errors, times, memory = [], [], []
     with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=False):

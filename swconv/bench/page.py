@@ -250,6 +250,7 @@ networks' outputs {network:.1e}; {record['tolerance']['operator']:.0e} and {reco
 stopped the run. The convolutions of (d) and (e) are torch's own.
 
 In every round each contender ran once, in an order drawn anew, short calls several times; times are medians over the rounds.
+Memory that was freed stays with the process, as in training (swconv/training/memory.py).
 Inputs and gradients were taken in turn from {plan['pool'] / 2**20:g} MiB per memory format. Each contender ran in the memory
 format, contiguous or channels_last, that was faster in a first probe; (d) and (e) also with the padding, inside the convolution
 or before it, that was.{ratios}

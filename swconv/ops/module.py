@@ -83,9 +83,9 @@ class ShiftwiseConv2d(nn.Module):
         self.merged = self.in_input_order = False
 
     def forward(self, x: Tensor) -> Tensor:
-        mixed, ghost = self.split(x)                                          # (B, R, H, W), (B, C - R, H, W)
         if self.in_input_order:
-            return self._forward_absorbed(x, mixed)
+            return self._forward_absorbed(x)
+        mixed, ghost = self.split(x)                                          # (B, R, H, W), (B, C - R, H, W)
         if self.merged:
             y = self._forward_merged(mixed)
         elif self.norm == "filter":
@@ -178,10 +178,10 @@ class ShiftwiseConv2d(nn.Module):
         self.in_input_order = True
         return order
 
-    def _forward_absorbed(self, x: Tensor, mixed: Tensor) -> Tensor:
-        y = self._forward_merged(mixed)
+    def _forward_absorbed(self, x: Tensor) -> Tensor:
         if not len(self.ghost):
-            return y
+            return self._forward_merged(x)
+        y = self._forward_merged(x.index_select(1, self.mixed))               # (B, R, H, W)
         return torch.addcmul(self.pass_shift, x, self.pass_scale).index_copy_(1, self.mixed, y)
 
     def _forward_merged(self, mixed: Tensor) -> Tensor:

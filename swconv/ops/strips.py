@@ -29,9 +29,9 @@ def assemble(filters: Tensor, mixing: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     small = filters.shape[-1]
     with torch.autocast(filters.device.type, enabled=False):             # sums of weights keep their precision
         slots = torch.bmm(mixing, filters.reshape(channels, taps, small * small)).view(channels, rows, small, small)
-    kernel_h = slots[:, :taps].transpose(1, 2).reshape(channels, 1, small, taps * small)
-    kernel_v = slots[:, taps : 2 * taps].reshape(channels, 1, taps * small, small)
-    return kernel_h, kernel_v, slots[:, 2 * taps :]
+    across, down, centre = slots.split((taps, taps, 1), dim=1)
+    kernel_h = across.transpose(1, 2).reshape(channels, 1, small, taps * small)
+    return kernel_h, down.reshape(channels, 1, taps * small, small), centre
 
 
 def strip_branches(

@@ -4,7 +4,6 @@
 then the state lives in checkpoints/<key>/, with a copy of the log.
 """
 
-import ctypes
 import hashlib
 import json
 import logging
@@ -34,6 +33,7 @@ from swconv.atomic import write_atomic, write_json
 from swconv.sparsity import SparseTraining
 from swconv.training import checkpoint, manifest
 from swconv.training.data import MEMORY_FORMATS, TrainLoader, ValLoader, erasing_for, mixup_for, to_input
+from swconv.training.memory import keep_freed_memory
 from swconv.training.record import values
 
 VAL_BATCH = 250
@@ -254,16 +254,9 @@ def prepare_machine(machine: Mapping[str, Any]) -> torch.device:
         raise RuntimeError("the profile trains on a GPU (machine.device: cuda), but torch sees none. Use a machine with one, "
                            "or set machine.device: cpu in the profile.")
     torch.set_num_threads(machine["threads"])
-    _keep_freed_memory()
+    keep_freed_memory()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     return torch.device(machine["device"])
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc reuse freed maps: on small maps, new pages from the system cost more than the arithmetic."""
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-        mallopt(-1, 2**30)                                            # M_TRIM_THRESHOLD, bytes
-        mallopt(-3, 2**25)                                            # M_MMAP_THRESHOLD, the largest that glibc takes
 
 
 def normaliser(config: Mapping[str, Any], device: torch.device) -> Callable[[Tensor], Tensor]:

@@ -3,11 +3,12 @@
 import pytest
 import timm
 import torch
+from timm.layers.grn import GlobalResponseNorm
 from timm.utils import reparameterize_model
 from torch import nn
 
 import swconv.models  # noqa: F401
-from swconv.models.network import Block
+from swconv.models.network import Block, ResponseNorm
 from swconv.models.sw import NormSkipConv2d, depthwise
 from swconv.ops import ShiftwiseConv2d
 
@@ -37,6 +38,17 @@ def unchanged(module: Block) -> float:
     expected = module(x)
     module.reparameterize()
     return ((module(x) - expected).abs().max() / expected.abs().max()).item()
+
+
+def test_the_response_norm_is_timms_also_where_a_channel_is_dead():
+    ours, timms = stir(ResponseNorm(6)), stir(GlobalResponseNorm(6))
+    x = torch.randn(3, 5, 4, 6, dtype=torch.float64)
+    x[..., 2] = 0
+    gradient = torch.randn_like(x)
+    for got, wanted in zip(*(torch.autograd.grad(norm(y), [y, *norm.parameters()], gradient)
+                             for norm in (ours, timms) for y in [x.clone().requires_grad_()]), strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(ours(x), timms(x), atol=1e-12, rtol=1e-12)
 
 
 def test_the_mixers_branches_norms_and_skip_become_one_kernel_and_its_repr_says_so():

@@ -9,6 +9,7 @@ from pathlib import Path
 PARAMS = Path("params")
 CHECKPOINTS = Path("checkpoints")
 DATABASE = Path("mlflow.db")
+PAPER = Path("reports/paper")
 
 
 def build(args: argparse.Namespace) -> None:
@@ -77,6 +78,39 @@ def report(args: argparse.Namespace) -> None:
                  imagenet=imagenet and _evidence(args, imagenet, ids))
 
 
+def cost(args: argparse.Namespace) -> None:
+    import json
+
+    from swconv.analysis.cost import count, table
+
+    counts = count(args.model, args.input, args.sparsity, args.counting, _model_arguments(args.set))
+    sys.stdout.write((json.dumps(counts, indent=2) if args.json else table(counts)) + "\n")
+
+
+def costs(args: argparse.Namespace) -> None:
+    from swconv import params
+    from swconv.analysis.cost import cost as count
+    from swconv.reporting.costs import build_cost_table, build_index
+
+    tables = params.load(PARAMS).costs
+    wanted = {key: each for table in tables.values() for key, each in table.counted.items()}
+    counts = {}
+    for key, each in wanted.items():
+        found = count(each.model, each.input, each.form, each.sparsity, each.counting, **each.args)
+        counts[key] = {"params": found.params, "macs": found.macs}
+    plain = {name: table.plain() for name, table in tables.items()}
+    for name, table in plain.items():
+        build_cost_table(table, counts, PAPER, args.out / f"{name}.md", f"snakemake --cores all {args.out / name}.md")
+    build_index(plain, counts, PAPER, args.out / "index.md")
+
+
+def convert(args: argparse.Namespace) -> None:
+    from swconv import weights
+
+    told = weights.convert(args.source, args.model, args.out, _model_arguments(args.set), args.laid_out, args.sha256)
+    logging.info("wrote %s: %s", args.out, ", ".join(f"{key} {value}" for key, value in told.items()))
+
+
 def ui(args: argparse.Namespace) -> None:
     from swconv.training import tracking
 
@@ -84,6 +118,16 @@ def ui(args: argparse.Namespace) -> None:
     for title, page in tracking.comparisons(DATABASE).items():
         logging.info("%s, all rows compared: %s", title, page)
     os.execvp(command[0], command)
+
+
+def _model_arguments(pairs: list[str]) -> dict:
+    """`width_factor=1.5` and the like, values as in YAML."""
+    import yaml
+
+    for pair in pairs:
+        if "=" not in pair:
+            raise ValueError(f"--set needs name=value, as in width_factor=1.5, got {pair}.")
+    return {name: yaml.safe_load(value) for name, value in (pair.split("=", 1) for pair in pairs)}
 
 
 def _evidence(args: argparse.Namespace, profile: str, runs: list[str]):
@@ -134,6 +178,11 @@ def _parser() -> argparse.ArgumentParser:
          "--weights", "--out", "--planned")
     verb(track, "replay the runs of a report into MLflow", "report", "--profile", "--seeds", "--out")
     verb(report, "write a table with its figure and provenance", "report", "--profile", "--seeds", "--out")
+    verb(cost, "count a model's parameters and multiply-adds", "model", "--input", "--sparsity", "--counting", "--set",
+         "--json")
+    verb(costs, "count what the papers' tables print of parameters and FLOPs, and write the tables", "--out")
+    verb(convert, "write a published checkpoint as safetensors under our names", "source", "--model", "--laid-out", "--sha256",
+         "--set", "--out")
     verb(ui, "open the MLflow pages")
     return parser
 
@@ -147,6 +196,16 @@ def _seed(text: str) -> int:
 _ARGUMENTS = {
     "run": {"help": "id of a row of params/runs.yaml, e.g. sw11"},
     "report": {"help": "id of a report of params/runs.yaml, e.g. table2"},
+    "model": {"help": "timm's name of a model, e.g. sw_tiny"},
+    "source": {"type": Path, "help": "checkpoint of the released code (.pth, .safetensors)"},
+    "--model": {"required": True, "help": "timm's name of our model, e.g. slak_tiny"},
+    "--set": {"nargs": "*", "default": [], "metavar": "NAME=VALUE", "help": "arguments of the model, e.g. width_factor=1.5"},
+    "--input": {"type": int, "default": 224, "help": "side of the image, in pixels"},
+    "--sparsity": {"type": float, "default": 0.0, "help": "share of every weight matrix and kernel that is masked"},
+    "--counting": {"choices": ["papers", "thop"], "default": "papers", "help": "thop adds four per element of a BatchNorm"},
+    "--json": {"action": "store_true"},
+    "--laid-out": {"action": "store_true", "help": "cut SLaK's strips into squares, for the model with laid_out=True"},
+    "--sha256": {"help": "of the source; another one is refused"},
     "suite": {"choices": ["operator"], "help": "what to measure"},
     "--device": {"choices": ["cpu", "cuda"], "default": "cpu"},
     "--quick": {"action": "store_true", "help": "tiny maps, a few rounds: only to see that it runs"},

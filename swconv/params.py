@@ -100,7 +100,6 @@ class SlakArgs(NetworkArgs):
 
 
 ARGS: dict[str, type[NetworkArgs]] = {"slak_tiny": SlakArgs, "sw_slak_tiny": ShiftwiseArgs, "sw_tiny": ShiftwiseArgs}
-PLANNED = ("slak_tiny",)  # networks that rows describe and swconv.models does not have yet
 
 
 class Sparsity(_Row):
@@ -252,6 +251,61 @@ class Report(_Row):
         return self
 
 
+class Counted(_Row):
+    """A model whose parameters and multiply-adds are counted: arguments of `swconv.analysis.cost.cost`."""
+
+    model: str
+    args: dict[str, Any] = {}
+    form: Literal["training", "merged", "plus"] = "training"
+    input: Count = 224
+    sparsity: Share = 0.0
+    counting: Literal["papers", "thop"] = "papers"
+
+    @property
+    def key(self) -> str:
+        return json.dumps({name: getattr(self, name) for name in Counted.model_fields}, sort_keys=True)
+
+    @property
+    def dense(self) -> "Counted":
+        return Counted(**{name: getattr(self, name) for name in Counted.model_fields} | {"sparsity": 0.0})
+
+
+class Explained(_Row):
+    """Why the paper prints another number, and what has that number."""
+
+    why: str
+    counts: Counted | None = None
+
+
+class CostRow(Counted):
+    """One row of a paper's table: `of` names it there."""
+
+    of: dict[str, str]
+    explained: dict[str, Explained] = {}
+
+
+class CostTable(_Row):
+    """Columns of a paper's table that need no training, and what of ours its rows are."""
+
+    title: str
+    claims: str
+    columns: dict[str, Literal["params", "macs"]]
+    rows: tuple[CostRow, ...]
+
+    @property
+    def counted(self) -> dict[str, Counted]:
+        """All that has to be counted, by key."""
+        reasons = [reason.counts for row in self.rows for reason in row.explained.values() if reason.counts]
+        return {each.key: each for row in self.rows for each in (row, row.dense, *reasons)}
+
+    def plain(self) -> dict[str, Any]:
+        """As plain data with the keys of what is counted, for the report."""
+        rows = [{"of": row.of, "key": row.key, "dense_key": row.dense.key,
+                 "explained": {column: {"why": reason.why, "counts": reason.counts and {"key": reason.counts.key}}
+                               for column, reason in row.explained.items()}} for row in self.rows]
+        return {"title": self.title, "claims": self.claims, "columns": self.columns, "rows": rows}
+
+
 class Active(_Row):
     """What both engines make when nothing else is asked for."""
 
@@ -284,6 +338,7 @@ class Params:
     runs : dict of str to Run
     reports : dict of str to Report
     profiles : dict of str to Profile
+    costs : dict of str to CostTable
     active : Active
     """
 
@@ -296,6 +351,8 @@ class Params:
         self.runs = {run: self._runs_file.check(Run, ("runs", run)) for run in self._runs_file.data["runs"]}
         self.reports = {name: self._runs_file.check(Report, ("reports", name)) for name in self._runs_file.data["reports"]}
         self._check_references()
+        file = _File(folder / "costs.yaml")
+        self.costs = {name: file.check(CostTable, (name,)) for name in file.data}
         self.active = self._active(_File(folder / "active.yaml"))
         for profile in self.profiles:
             for run in self.runs:
@@ -381,12 +438,9 @@ class Params:
         return [run for run in runs if self.same_as(run, profile, runs) is None]
 
     def check_trainable(self, run: str) -> None:
-        """Stop before any work when a row is not trained: it takes the weights of another, or its network is not here yet."""
-        at = ("runs", run)
+        """Stop before any work when a row is not trained but takes the weights of another."""
         if weights := self.run(run).same_weights:
-            raise self._runs_file.fault(at, f"run {run} is evaluated with the weights of {weights}, not trained")
-        if (name := self._models[self._used(run, "model")].name) in PLANNED:
-            raise self._runs_file.fault(at, f"run {run} needs the network {name}, which swconv.models does not have yet")
+            raise self._runs_file.fault(("runs", run), f"run {run} is evaluated with the weights of {weights}, not trained")
 
     def check_data(self, profile: str) -> None:
         """Stop before any work when the profile's dataset is a folder of the user that is not there."""

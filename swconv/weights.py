@@ -1,59 +1,273 @@
-"""Official weights in our layout."""
+"""Official weights in our layout, and back. The names of the released code are functions of ours, in one table."""
 
+import argparse
+import hashlib
+import pickle
 import re
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
+from timm.models.convnext import ConvNeXt, checkpoint_filter_fn
 from torch import Tensor, nn
 
-# Official key -> ours, applied in order. The official names are those of the released SW and SLaK code.
-_KEYS = [
-    (r"^downsample_layers\.0\.", "stem."),
-    (r"^downsample_layers\.(\d+)\.", r"stages.\1.downsample."),
-    (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
-    (r"\.large_kernel\.", ".mixer."),
-    (r"(^|\.)LoRAs\.(\d+)\.weight$", r"\1filters.\2"),
-    (r"(^|\.)bn_lora1\.", r"\1norms.0."),
-    (r"(^|\.)bn_lora2\.", r"\1norms.1."),
-    (r"(^|\.)bn_small\.", r"\1norms.2."),
-    (r"\.se\.down\.", ".se.fc1."),
-    (r"\.se\.up\.", ".se.fc2."),
-    (r"\.pwconv1\.1\.", ".pwconv1."),
-    (r"\.act\.1\.gamma$", ".grn.weight"),
-    (r"\.act\.1\.beta$", ".grn.bias"),
-    (r"\.pwconv2\.0\.", ".pwconv2."),
-    (r"\.pwconv2\.2\.", ".norm_out."),
-]
+from swconv.atomic import write_atomic
+from swconv.models import LargeKernelNet
+from swconv.ops import ShiftwiseConv2d
+
+# Ours -> official, applied in order. {mixer} and {large} are the family's, see _family.
+_NAMES = (
+    (r"^stem\.", "downsample_layers.0."),
+    (r"^stages\.(\d+)\.downsample\.", r"downsample_layers.\1."),
+    (r"^stages\.(\d+)\.blocks\.(\d+)\.", r"stages.\1.\2."),
+    (r"\.mixer\.", ".{mixer}."),
+    (r"(^|\.)filters\.(\d+)$", r"\1LoRAs.\2.weight"),                          # SW
+    (r"(^|\.large_kernel\.)norms\.0\.", r"\1bn_lora1."),
+    (r"(^|\.large_kernel\.)norms\.1\.", r"\1bn_lora2."),
+    (r"(^|\.large_kernel\.)norms\.2\.", r"\1bn_small."),
+    (r"\.convs\.vertical\.", ".LoRA1.{strip}."),                                # SLaK
+    (r"\.norms\.vertical\.", ".LoRA1.bn."),
+    (r"\.convs\.horizontal\.", ".LoRA2.{strip}."),
+    (r"\.norms\.horizontal\.", ".LoRA2.bn."),
+    (r"\.convs\.small\.", ".small_conv.conv."),
+    (r"\.norms\.small\.", ".small_conv.bn."),
+    (r"\.large_kernel\.convs\.large\.", ".large_kernel.lkb_origin.conv."),
+    (r"\.large_kernel\.norms\.large\.", ".large_kernel.lkb_origin.bn."),
+    (r"\.large_kernel\.merged\.", ".large_kernel.lkb_reparam."),
+    (r"\.dwconv\.(?:convs\.large|merged)\.", ".dwconv.lk_origin."),             # UniRepLKNet
+    (r"\.dwconv\.norms\.large\.", ".dwconv.origin_bn."),
+    (r"\.convs\.dilated_(\d+)_(\d+)\.", r".dil_conv_k\1_\2."),
+    (r"\.norms\.dilated_(\d+)_(\d+)\.", r".dil_bn_k\1_\2."),
+)
+# The tail of a block in the skeleton of UniRepLKNet. Without SE the expansion is a bare layer.
+_GROWN = (
+    (r"\.grn\.weight$", ".act.1.gamma"),
+    (r"\.grn\.bias$", ".act.1.beta"),
+    (r"\.pwconv2\.", ".pwconv2.0."),
+    (r"\.norm_out\.", ".pwconv2.2."),
+)
+_SE = ((r"\.se\.fc1\.", ".{se}.down."), (r"\.se\.fc2\.", ".{se}.up."), (r"\.pwconv1\.", ".{expansion}."))
+# What a checkpoint of the released code may hold beside the weights: its index tables.
+_TABLES = re.compile(r"\.?(?:loras\.)?(?:pad_hv1?|idx_identit1?|idx_out1?|rep1|ghost1)$")
+
+
+MAP_VERSION = 1                                                                 # of _NAMES, for files that it made
+
+
+def read_checkpoint(path: Path, sha256: str | None = None) -> Mapping[str, Any]:
+    """Read a published checkpoint (torch's format or safetensors) without running anything that it may hold.
+
+    Besides tensors and plain values it may hold an argparse.Namespace, the arguments of the released training scripts.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        When the file is missing, has another sha256, is cut short, or holds other objects.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"weights are needed at {path}, and there is no file. The README names the public sources; "
+                                "put the downloaded file there.")
+    found = file_sha256(path)
+    if sha256 not in (None, found):
+        raise ValueError(f"{path} has sha256 {found[:12]}..., and {sha256[:12]}... was expected. Download it again, or correct "
+                         "the hash where it is written if the source has a new file.")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} holds objects that are no tensors or plain values, or is no checkpoint, and is not opened: a "
+                         "pickle can run code. Ask its source for weights alone.") from error
+    except (RuntimeError, EOFError, SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or cut short, got '{str(error).splitlines()[0]}'. Download it again.") from error
+
+
+def convert(source: Path, model: str, out: Path, arguments: Mapping[str, Any] | None = None, laid_out: bool = False,
+            sha256: str | None = None) -> dict[str, str]:
+    """Write a published checkpoint as safetensors under our names, and say what it was made from.
+
+    Parameters
+    ----------
+    source : Path
+        Checkpoint of the released code.
+    model : str
+        timm's name of ours; `arguments` are those that differ from its defaults.
+    laid_out : bool
+        Cut the strips of a SLaK into square pieces (SW paper #1), for the model with `laid_out=True`.
+    sha256 : str, optional
+        Of the source; another one is refused.
+
+    Returns
+    -------
+    The metadata of the written file: source, source_sha256, model, arguments, map_version.
+    """
+    network = timm.create_model(model, **(arguments or {}))
+    state = convert_official(read_checkpoint(source, sha256), network)
+    state = lay_out_state(state) if laid_out else state
+    told = {"source": source.name, "source_sha256": file_sha256(source), "model": model, "map_version": str(MAP_VERSION),
+            "arguments": repr(dict(arguments or {}) | ({"laid_out": True} if laid_out else {}))}
+    write_atomic(out, to_safetensors({name: tensor.contiguous() for name, tensor in state.items()}, told))
+    return told
+
+
+def masks_in(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The masks of a sparse checkpoint, which keeps none: True where a weight of two or four dimensions is not zero."""
+    return {name: tensor != 0 for name, tensor in state_dict.items() if tensor.dim() in (2, 4) and (tensor == 0).any()}
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def official_names(model: nn.Module) -> dict[str, str]:
+    """Our name -> the released code's, for every entry of the model's state dict.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A network of `swconv.models`, or one `ShiftwiseConv2d`; in training form, or, where the released code has one, merged.
+    """
+    family, rules = _family(model), list(_NAMES)
+    if getattr(model, "skeleton", None) == "unireplknet":
+        rules += _GROWN
+    rules += _SE
+    names = {}
+    for ours in model.state_dict():
+        name = ours
+        for pattern, to in rules:
+            for key, value in family.items():
+                to = to.replace(f"{{{key}}}", value)
+            name = re.sub(pattern, to, name)
+        names[ours] = name
+    return names
 
 
 def convert_official(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Rename the entries of an official SW state dict so that `model.load_state_dict` takes them strictly.
+    """Rename the entries of an official state dict so that `model.load_state_dict` takes them strictly.
 
     Parameters
     ----------
     state_dict : mapping of str to Tensor
-        Official state dict of a network or of one SW module.
+        Of a SLaK, SW, UniRepLKNet or ConvNeXt as published, or of one SW module; or the checkpoint that holds it under
+        "model" (or "model_ema", where there is nothing else).
     model : nn.Module
-        Our model of the same configuration.
+        Our model of the same configuration; for ConvNeXt timm's.
 
     Raises
     ------
     ValueError
-        When entries are missing, left over, or of another shape.
+        When entries are missing, left over, of another shape or not finite, or an index table is not the one that we draw.
     """
+    state_dict = weights_in(state_dict)
+    if isinstance(model, ConvNeXt):
+        converted = dict(checkpoint_filter_fn(dict(state_dict), model))
+    else:
+        ours = {official: name for name, official in official_names(model).items()}
+        _check_tables(state_dict, model)
+        converted = {ours.get(key, key): tensor for key, tensor in state_dict.items() if not _TABLES.search(key)}
     target = model.state_dict()
-    converted = {}
-    for key, tensor in state_dict.items():
-        ours = key
-        for pattern, name in _KEYS:
-            ours = re.sub(pattern, name, ours)
-        flat = ours in target and tensor.dim() == 4 and target[ours].dim() == 1       # GRN: (1, 1, 1, C) -> (C,)
-        converted[ours] = tensor.flatten() if flat else tensor
-    wrong = [f"{key} {tuple(value.shape)} for {tuple(target[key].shape)}" for key, value in converted.items()
-             if key in target and value.shape != target[key].shape]
+    for name, value in target.items():
+        if name.endswith("grn.bias") and name not in converted and name.replace("bias", "weight") in converted:
+            converted[name] = torch.zeros_like(value)                              # folded into what follows
+        if name in converted and converted[name].dim() == 4 and value.dim() == 1:  # GRN: (1, 1, 1, C) -> (C,)
+            converted[name] = converted[name].flatten()
+    _check_fit(converted, target, model)
+    return converted
+
+
+def to_official(model: nn.Module) -> dict[str, Tensor]:
+    """The model's weights under the names and in the shapes of the released code."""
+    names, state = official_names(model), model.state_dict()
+    return {names[name]: tensor[None, None, None] if ".grn." in name else tensor for name, tensor in state.items()}
+
+
+def weights_in(checkpoint: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The state dict in a published checkpoint, which may itself be one."""
+    for key in ("model", "model_ema", "state_dict"):
+        if isinstance(checkpoint.get(key), Mapping):
+            return checkpoint[key]
+    return checkpoint
+
+
+def lay_out(kernel: Tensor, size: int) -> Tensor:
+    """Cut strips into square pieces, exactly (SW paper section 3.2): #0 -> #1.
+
+    Parameters
+    ----------
+    kernel : Tensor of shape (C, 1, M, N) or (C, 1, N, M)
+        M > N = size; the long side is filled up with zeros at its end.
+    size : int
+        N.
+
+    Returns
+    -------
+    Tensor of shape (C * ceil(M / N), 1, N, N)
+        Piece i of channel c at c * ceil(M / N) + i.
+    """
+    tall = kernel.shape[2] > kernel.shape[3]
+    long = kernel.transpose(2, 3) if not tall else kernel                          # (C, 1, M, N)
+    filled = nn.functional.pad(long, (0, 0, 0, -long.shape[2] % size))
+    pieces = filled.reshape(-1, 1, size, size)                                     # (C * n, 1, N, N)
+    return pieces if tall else pieces.transpose(2, 3).contiguous()
+
+
+def lay_out_state(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a decomposed SLaK (our names) as those of the same network with `laid_out=True`."""
+    return {name: lay_out(tensor, min(tensor.shape[2:])) if re.search(r"\.convs\.(vertical|horizontal)\.", name) else tensor
+            for name, tensor in state_dict.items()}
+
+
+def _family(model: nn.Module) -> dict[str, str]:
+    """What the released code calls the parts that every family has."""
+    modules = list(model.modules())
+    shiftwise = any(isinstance(module, ShiftwiseConv2d) for module in modules)
+    grown = getattr(model, "skeleton", None) == "unireplknet"
+    squeezed = any(name.endswith(".se.fc1") for name, _ in model.named_modules())
+    laid_out = any(getattr(module, "laid_out", False) for module in modules)
+    return {"mixer": "dwconv" if grown and not shiftwise else "large_kernel",
+            "strip": "split_convs" if laid_out else "conv",
+            "se": "se" if grown else "se.0",
+            "expansion": "pwconv1.1" if grown and squeezed else "pwconv1"}
+
+
+def _check_tables(state_dict: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Tables that a file carries have to be those that our layers draw, else the weights mean something else."""
+    official = {name: module for name, module in model.named_modules() if isinstance(module, ShiftwiseConv2d)}
+    for key in state_dict:
+        if match := re.fullmatch(r"stages\.(\d+)\.(\d+)\.large_kernel\.(?:loras\.|LoRAs\.)?(\w+?)1?", key):
+            stage, block, table = match.groups()
+            layer = official.get(f"stages.{stage}.blocks.{block}.mixer")
+            known = layer and {"pad_hv": torch.cat([layer.pad_h, layer.pad_v], dim=1), "idx_identit": layer.pick,
+                               "rep": layer.mixed, "ghost": layer.ghost}.get(table)
+            if known is not None and not torch.equal(known.long(), state_dict[key].long()):
+                raise ValueError(f"{key} is not the table that this model draws. Is the model of the same configuration "
+                                 "(kernel sizes, edges, ghost ratio), and the file from the released code?")
+
+
+def _check_fit(converted: Mapping[str, Tensor], target: Mapping[str, Tensor], model: nn.Module) -> None:
+    sizes = {key: (tuple(value.shape), tuple(target[key].shape)) for key, value in converted.items()
+             if key in target and value.shape != target[key].shape}
+    for key, (got, wanted) in sizes.items():
+        if key.startswith("head.") and isinstance(model, LargeKernelNet | ConvNeXt):
+            raise ValueError(f"the weights classify into {got[0]} classes and the model into {wanted[0]}. Create the model "
+                             f"with num_classes={got[0]}, load, and then call reset_classifier.")
+        if ".mixer." in key and len(got) == 4:
+            raise ValueError(f"the weights have kernels of {got[2]} x {got[3]} px in {key} (shape {got}), and the model has "
+                             f"{wanted}. Create the model with the weights' kernel sizes.")
+    wrong = [f"{key} {got} for {wanted}" for key, (got, wanted) in sizes.items()]
     missing, extra = sorted(target.keys() - converted.keys()), sorted(converted.keys() - target.keys())
     if wrong or missing or extra:
         raise ValueError(
             f"the weights do not fit the model: {len(missing)} missing {missing[:3]}, {len(extra)} unexpected {extra[:3]}, "
             f"{len(wrong)} of another shape {wrong[:3]}. Is the model of the same configuration?"
         )
-    return converted
+    broken = [key for key, value in converted.items() if not value.is_meta and not torch.isfinite(value).all()]
+    if broken:
+        raise ValueError(f"the weights are not all finite numbers: {', '.join(broken[:3])}. Is the file damaged?")

@@ -5,13 +5,16 @@ One image's journey: (B, 3, 224, 224) -> stem (B, C1, 56, 56) -> stages, each ha
 "convnext" (SLaK, ConvNeXt) and "unireplknet" (SW-tiny, UniRepLKNet).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, LayerNorm2d, SqueezeExcite, calculate_drop_path_rates, trunc_normal_
 from timm.layers.grn import GlobalResponseNorm
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # SyncBatchNorm too
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -125,9 +128,11 @@ class Stage(nn.Module):
         super().__init__()
         self.downsample = downsample
         self.blocks = nn.Sequential(*blocks)
+        self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.blocks(self.downsample(x))
+        x = self.downsample(x)
+        return checkpoint_seq(self.blocks, x) if self.grad_checkpointing and self.training else self.blocks(x)
 
 
 class LargeKernelNet(nn.Module):
@@ -177,7 +182,7 @@ class LargeKernelNet(nn.Module):
             )
         widths = [int(dim * width_factor) for dim in dims]
         self.num_classes, self.num_features, self.head_hidden_size = num_classes, widths[-1], widths[-1]
-        self.global_pool = global_pool
+        self.skeleton, self.global_pool = skeleton, global_pool
         self.stem = _stem(skeleton, in_chans, widths[0])
         drops = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         stages = []
@@ -198,6 +203,62 @@ class LargeKernelNet(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         return self.stages(self.stem(x))                              # (B, C, H / 32, W / 32) with four stages
 
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The maps behind the stages, as timm's models give them.
+
+        Parameters
+        ----------
+        indices : int or sequence of int, optional
+            The last so many stages, or these; all by default.
+        norm : bool
+            Not used: no norm stands between the last stage and the pooling.
+        stop_early : bool
+            Leave out the stages behind the last that is asked for.
+
+        Returns
+        -------
+        The last map and the list of maps, or only the list; each (B, C, H, W).
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"forward_intermediates gives NCHW only, got output_fmt={output_fmt!r}.")
+        take, last = feature_take_indices(len(self.stages), indices)
+        x, maps = self.stem(x), []
+        for number, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
+            x = stage(x)
+            if number in take:
+                maps.append(x)
+        return maps if intermediates_only else (x, maps)
+
+    def prune_intermediate_layers(self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+                                  ) -> list[int]:
+        """Remove what stands behind the last stage that is asked for; says which stages are taken."""
+        take, last = feature_take_indices(len(self.stages), indices)
+        self.stages = self.stages[: last + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute the blocks anew in the backward pass, and keep only their inputs."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layers by depth, for timm's layer-wise learning rates."""
+        blocks = r"^stages\.(\d+)" if coarse else [
+            (r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
+        return {"stem": r"^stem", "blocks": blocks}
+
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         if self.global_pool:
             x = self.norm(x.mean((2, 3)))                             # (B, C)
@@ -214,6 +275,26 @@ class LargeKernelNet(nn.Module):
         self.global_pool = self.global_pool if global_pool is None else global_pool
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         self.head.apply(_init_weights)
+
+
+def pretrained_cfgs(names: Iterable[str]) -> Any:
+    """timm's `default_cfgs` of a module with these models: evaluation as both papers do it, and no weights to download."""
+    return generate_default_cfgs({
+        name: {"num_classes": 1000, "input_size": (3, 224, 224), "pool_size": (7, 7), "crop_pct": 0.875,
+               "interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
+               "first_conv": "stem.0", "classifier": "head"}
+        for name in names
+    })
+
+
+def create(
+    builder: Callable[..., LargeKernelNet], variant: str, rows: Mapping[str, Mapping[str, Any]], pretrained: bool,
+    **overrides: Any,
+) -> nn.Module:
+    """What timm's `create_model` calls: the variant's row with what the user says otherwise."""
+    stages = len(overrides.get("depths", rows[variant]["depths"]))
+    return build_model_with_cfg(builder, variant, pretrained, **{**rows[variant], **overrides},
+                                feature_cfg={"out_indices": tuple(range(stages)), "flatten_sequential": True})
 
 
 def _stem(skeleton: Skeleton, in_chans: int, width: int) -> nn.Module:

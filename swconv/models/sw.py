@@ -3,13 +3,11 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from timm.models import register_model
+from torch import nn
 
-from swconv.models.network import Kernels, LargeKernelNet, Skeleton
+from swconv.models.mixers import NormSkipConv2d, depthwise
+from swconv.models.network import Kernels, LargeKernelNet, Skeleton, create, pretrained_cfgs
 from swconv.ops import ShiftwiseConv2d
 from swconv.ops.tables import Order
 
@@ -24,44 +22,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
 }
 
-default_cfgs = generate_default_cfgs({
-    name: {"num_classes": 1000, "input_size": (3, 224, 224), "pool_size": (7, 7), "crop_pct": 0.875,
-           "interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
-           "first_conv": "stem.0", "classifier": "head"}
-    for name in VARIANTS
-})
-
-
-class NormSkipConv2d(nn.Module):
-    """BatchNorm(depthwise convolution) + input: a small kernel with the norm and the skip that SW has (a control)."""
-
-    def __init__(self, channels: int, kernel_size: int) -> None:
-        super().__init__()
-        self.conv = depthwise(channels, kernel_size)
-        self.norm = nn.BatchNorm2d(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x)) + x if self.norm is not None else self.conv(x)
-
-    @torch.no_grad()
-    def reparameterize(self) -> None:
-        """Fold norm and skip into the convolution."""
-        if self.norm is not None:
-            self.conv, self.norm = fuse_conv_bn_eval(self.conv.eval(), self.norm.eval()), None
-            centre = self.conv.weight.shape[-1] // 2
-            self.conv.weight[:, :, centre, centre] += 1
-
-    @torch.no_grad()
-    def absorb(self, scale: Tensor | None = None, shift: Tensor | None = None) -> None:
-        """Fold an affine map per channel that follows. The channels keep their order."""
-        if scale is not None:
-            self.conv.weight.mul_(scale[:, None, None, None])
-            self.conv.bias.mul_(scale).add_(shift)
-
-
-def depthwise(channels: int, kernel_size: int) -> nn.Conv2d:
-    """Plain depthwise convolution without bias, same size."""
-    return nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=False)
+default_cfgs = pretrained_cfgs(VARIANTS)
 
 
 def shiftwise_net(
@@ -103,40 +64,31 @@ def shiftwise_net(
     return LargeKernelNet(mixer, kernel_sizes, skeleton, depths, dims, width_factor=width_factor, use_se=use_se, **network)
 
 
-def _create(variant: str, pretrained: bool, **overrides: Any) -> nn.Module:
-    stages = len(overrides.get("depths", VARIANTS[variant]["depths"]))
-    return build_model_with_cfg(
-        shiftwise_net, variant, pretrained,
-        feature_cfg={"out_indices": tuple(range(stages)), "flatten_sequential": True},
-        **{**VARIANTS[variant], **overrides},
-    )
-
-
 @register_model
 def sw_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """SW-tiny: 31 M parameters merged, 82.27 / 83.39 % top-1 in the paper (120 / 300 epochs)."""
-    return _create("sw_tiny", pretrained, **kwargs)
+    return create(shiftwise_net, "sw_tiny", VARIANTS, pretrained, **kwargs)
 
 
 @register_model
 def sw_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """SW-small: 56 M parameters merged, 83.9 % top-1 in the paper."""
-    return _create("sw_small", pretrained, **kwargs)
+    return create(shiftwise_net, "sw_small", VARIANTS, pretrained, **kwargs)
 
 
 @register_model
 def sw_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """SW-base: registered in the released code, no result in the paper."""
-    return _create("sw_base", pretrained, **kwargs)
+    return create(shiftwise_net, "sw_base", VARIANTS, pretrained, **kwargs)
 
 
 @register_model
 def sw_large(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """SW-large: registered in the released code, no result in the paper."""
-    return _create("sw_large", pretrained, **kwargs)
+    return create(shiftwise_net, "sw_large", VARIANTS, pretrained, **kwargs)
 
 
 @register_model
 def sw_slak_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """SW in the SLaK-T skeleton, width x1.3: ablations #2-#18."""
-    return _create("sw_slak_tiny", pretrained, **kwargs)
+    return create(shiftwise_net, "sw_slak_tiny", VARIANTS, pretrained, **kwargs)

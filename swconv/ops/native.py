@@ -41,7 +41,8 @@ def strip_engine(x: Tensor) -> str:
     """"compiled", "toeplitz" or "torch": the best engine that takes this tensor through the strips. Says so once."""
     half = x.is_cuda and _toeplitz_takes(x.dtype)
     name = "toeplitz" if half else "compiled" if handles(x) else "torch"
-    _say(name, x.device.type, str(x.dtype))
+    if not x.is_meta:
+        _say(name, x.device.type, str(x.dtype))
     return name
 
 

@@ -27,7 +27,7 @@ def assemble(filters: Tensor, mixing: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     channels, rows, taps = mixing.shape
     small = filters.shape[-1]
-    with torch.autocast(filters.device.type, enabled=False):             # sums of weights keep their precision
+    with torch.autocast("cuda" if filters.is_cuda else "cpu", enabled=False):  # sums of weights keep their precision
         slots = torch.bmm(mixing, filters.reshape(channels, taps, small * small)).view(channels, rows, small, small)
     across, down, centre = slots.split((taps, taps, 1), dim=1)
     kernel_h = across.transpose(1, 2).reshape(channels, 1, small, taps * small)

@@ -1,31 +1,13 @@
-"""SW networks: the official parameter counts and keys, the golden network, timm's interface, merging."""
-
-import json
-from pathlib import Path
+"""SW networks: the official parameter counts, timm's interface, plain and interleaved kernels."""
 
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
 
 import swconv.models  # noqa: F401
 from swconv.ops import ShiftwiseConv2d
-from swconv.weights import convert_official
 
-GOLDEN = Path("tests/golden")
 MINI = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)}
-
-
-@pytest.fixture(scope="module")
-def golden():
-    return load_file(GOLDEN / "sw_v2_mini.safetensors")
-
-
-@pytest.fixture
-def network(golden):
-    model = timm.create_model("sw_tiny", num_classes=10, **MINI)
-    model.load_state_dict(convert_official({k[6:]: v for k, v in golden.items() if k.startswith("state.")}, model))
-    return model.double().eval()
 
 
 @pytest.mark.parametrize(("name", "arguments", "count"), [
@@ -41,47 +23,6 @@ def test_parameter_counts_are_those_of_the_released_code(name, arguments, count)
     with torch.device("meta"):
         model = swconv.models.shiftwise_net(**{**swconv.models.sw.VARIANTS[name], **arguments})
     assert sum(p.numel() for p in model.parameters()) == count
-
-
-@pytest.mark.parametrize(("official", "name"), [("SW_v2_tiny", "sw_tiny"), ("SW_v2_small", "sw_small"),
-                                                ("SW_v1_tiny_x1.3", "sw_slak_tiny")])
-def test_full_size_official_checkpoints_fit_key_by_key(official, name):
-    shapes = json.loads((GOLDEN / "state_dict_keys.json").read_text())[official]
-    shapes = shapes if isinstance(shapes, dict) else dict(shapes)
-    state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    with torch.device("meta"):
-        model = swconv.models.shiftwise_net(**swconv.models.sw.VARIANTS[name])
-    assert convert_official(state, model).keys() == model.state_dict().keys()
-
-
-def test_golden_network_comes_out_in_evaluation_and_stage_by_stage(golden, network):
-    x = network.stem(golden["input"].double())
-    torch.testing.assert_close(x, golden["feat.down0"], atol=1e-10, rtol=1e-10)
-    for index, stage in enumerate(network.stages):
-        x = stage(x)
-        torch.testing.assert_close(x, golden[f"feat.stage{index}"], atol=1e-10, rtol=1e-10)
-    torch.testing.assert_close(network.forward_head(x), golden["logits_eval_f64"], atol=1e-10, rtol=1e-10)
-
-
-def test_golden_network_comes_out_in_training(golden, network):
-    network.train()
-    logits = network(golden["input"].double())
-    torch.testing.assert_close(logits, golden["logits_train_f64"], atol=1e-10, rtol=1e-10)
-    loss = torch.nn.functional.cross_entropy(logits, golden["labels"])
-    torch.testing.assert_close(loss[None], golden["loss_train_f64"], atol=1e-10, rtol=1e-10)
-
-
-def test_float32_logits_stay_within_1e_5(golden, network):
-    logits = network.float()(golden["input"])
-    torch.testing.assert_close(logits.double(), golden["logits_eval_f64"], atol=1e-5, rtol=0)
-
-
-def test_timms_reparameterize_keeps_the_logits(golden, network):
-    merged = timm.utils.reparameterize_model(network)
-    torch.testing.assert_close(merged(golden["input"].double()), golden["logits_eval_f64"], atol=1e-10, rtol=0)
-    layers = [module for module in merged.modules() if isinstance(module, ShiftwiseConv2d)]
-    assert layers
-    assert all(layer.merged for layer in layers)
 
 
 def test_timm_interface_gives_features_head_and_classifier():
@@ -120,11 +61,3 @@ def test_control_gets_sws_norm_and_skip():
 def test_stages_must_be_described_completely():
     with pytest.raises(ValueError, match="got 2, 2 and 4 entries"):
         timm.create_model("sw_tiny", depths=(1, 1), dims=(8, 8))
-
-
-def test_foreign_weights_are_refused_in_a_sentence(golden):
-    model = timm.create_model("sw_tiny", num_classes=10, **MINI)
-    state = {k[6:]: v for k, v in golden.items() if k.startswith("state.")}
-    state["extra.weight"] = state.pop("head.weight")
-    with pytest.raises(ValueError, match=r"1 missing \['head.weight'\], 1 unexpected \['extra.weight'\]"):
-        convert_official(state, model)

@@ -1,0 +1,145 @@
+"""Published checkpoints: what is read, what is refused, what conversion writes."""
+
+import argparse
+import pickle
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import swconv.models  # noqa: F401
+from swconv.weights import convert, convert_official, file_sha256, lay_out, masks_in, read_checkpoint
+
+GOLDEN = Path("tests/golden")
+MINI = {"num_classes": 10, "depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)}
+
+
+@pytest.fixture(scope="module")
+def sw() -> dict[str, torch.Tensor]:
+    golden = load_file(GOLDEN / "sw_v2_mini.safetensors")
+    return {name[6:]: tensor for name, tensor in golden.items() if name.startswith("state.")}
+
+
+@pytest.fixture(scope="module")
+def slak() -> dict[str, torch.Tensor]:
+    golden = load_file(GOLDEN / "slak_decom_mini.safetensors")
+    return {name[6:]: tensor for name, tensor in golden.items() if name.startswith("state.")}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return timm.create_model("sw_tiny", **MINI)
+
+
+@pytest.fixture
+def published(tmp_path, slak) -> Path:
+    """As the released training script writes it, with its arguments as a Namespace."""
+    path = tmp_path / "SLaK_mini.pth"
+    torch.save({"model": slak, "model_ema": slak, "optimizer": {"state": {}}, "epoch": 299,
+                "args": argparse.Namespace(kernel_size=["51", "49", "47", "13", "5"], lr=4e-3)}, path)
+    return path
+
+
+def test_a_published_checkpoint_converts_with_its_origin_in_the_file(published, tmp_path):
+    out = tmp_path / "slak.safetensors"
+    convert(published, "slak_tiny", out, MINI)
+    model = timm.create_model("slak_tiny", **MINI)
+    model.load_state_dict(load_file(out))
+    with safe_open(out, "pt") as file:
+        told = file.metadata()
+    assert told["source_sha256"] == file_sha256(published)
+    assert (told["model"], told["map_version"]) == ("slak_tiny", "1")
+
+
+def test_laid_out_conversion_loads_into_the_laid_out_model_and_agrees(published, tmp_path):
+    strips, pieces = tmp_path / "strips.safetensors", tmp_path / "pieces.safetensors"
+    convert(published, "slak_tiny", strips, MINI)
+    convert(published, "slak_tiny", pieces, MINI, laid_out=True)
+    x, logits = torch.randn(1, 3, 64, 64).double(), []
+    for path, laid_out in ((strips, False), (pieces, True)):
+        model = timm.create_model("slak_tiny", **MINI, laid_out=laid_out)
+        model.load_state_dict(load_file(path))
+        logits.append(model.double().eval()(x))
+    torch.testing.assert_close(*logits, atol=1e-12, rtol=1e-12)
+
+
+def test_a_strip_is_cut_from_its_start_and_filled_with_zeros_at_its_end():
+    kernel = torch.arange(1.0, 8.0).view(1, 1, 7, 1).repeat(1, 1, 1, 3)
+    pieces = lay_out(kernel, 3)
+    assert pieces[:, 0, :, 0].tolist() == [[1, 2, 3], [4, 5, 6], [7, 0, 0]]
+    assert torch.equal(lay_out(kernel.transpose(2, 3), 3), pieces.transpose(2, 3))
+    assert len(lay_out(torch.ones(2, 1, 51, 3), 3)) == 2 * 17               # where N divides M, the published cutter made 18
+
+
+def test_tables_in_a_file_are_checked(sw, model):
+    layer = model.stages[0].blocks[0].mixer
+    tables = {"stages.0.0.large_kernel.loras.pad_hv1": torch.cat([layer.pad_h, layer.pad_v], dim=1),
+              "stages.0.0.large_kernel.loras.idx_identit1": layer.pick, "stages.0.0.large_kernel.ghost1": layer.ghost}
+    assert convert_official(sw | tables, model).keys() == model.state_dict().keys()
+    tables["stages.0.0.large_kernel.loras.idx_identit1"] = layer.pick + 1
+    with pytest.raises(ValueError, match="idx_identit1 is not the table"):
+        convert_official(sw | tables, model)
+
+
+def test_masks_are_the_weights_that_are_not_zero(sw):
+    masks = masks_in(sw)
+    assert any(not mask.all() for mask in masks.values())
+    assert all(torch.equal(sw[name] != 0, mask) for name, mask in masks.items())
+
+
+def test_what_is_no_number_is_named(sw, model):
+    broken = sw | {"head.weight": sw["head.weight"] * float("nan")}
+    with pytest.raises(ValueError, match="not all finite numbers: head.weight"):
+        convert_official(broken, model)
+
+
+def test_another_number_of_classes_says_what_to_pass(sw):
+    with pytest.raises(ValueError, match="num_classes=10"):
+        convert_official(sw, timm.create_model("sw_tiny", **MINI | {"num_classes": 3}))
+
+
+def test_another_kernel_size_is_told_with_both(slak):
+    with pytest.raises(ValueError, match="51 x 5 px.*the model has .*31, 5"):
+        convert_official(slak, timm.create_model("slak_tiny", **MINI, kernel_sizes=(31, 29, 27, 13)))
+
+
+def test_foreign_weights_are_refused_in_a_sentence(sw, model):
+    foreign = {name: tensor for name, tensor in sw.items() if name != "head.weight"} | {"extra.weight": torch.zeros(1)}
+    with pytest.raises(ValueError, match=r"1 missing \['head.weight'\], 1 unexpected \['extra.weight'\]"):
+        convert_official(foreign, model)
+
+
+class Trap:
+    def __reduce__(self):
+        return print, ("a pickle ran code",)
+
+
+def test_a_file_with_code_is_not_opened(tmp_path, capsys):
+    path = tmp_path / "trap.pth"
+    path.write_bytes(pickle.dumps({"model": Trap()}, protocol=2))
+    with pytest.raises(ValueError, match="can run code"):
+        read_checkpoint(path)
+    torch.save({"model": {}, "args": Trap()}, path)
+    with pytest.raises(ValueError, match="can run code"):
+        read_checkpoint(path)
+    assert "ran code" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["SLaK_mini.pth", "cut.safetensors"])
+def test_a_file_cut_short_is_told(published, tmp_path, name):
+    whole = published if name.endswith("pth") else GOLDEN / "op_mp_a.safetensors"
+    path = tmp_path / f"short_{name}"
+    path.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    with pytest.raises(ValueError, match="damaged or cut short"):
+        read_checkpoint(path)
+
+
+def test_a_missing_file_and_a_wrong_hash_say_what_to_do(published, tmp_path):
+    with pytest.raises(FileNotFoundError, match="put the downloaded file there"):
+        read_checkpoint(tmp_path / "none.pth")
+    with pytest.raises(ValueError, match="was expected"):
+        read_checkpoint(published, "0" * 64)
+    assert read_checkpoint(published, file_sha256(published))["epoch"] == 299

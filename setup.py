@@ -29,7 +29,7 @@ ARCHITECTURES = {
     "sm_90": "arch=compute_90,code=sm_90",
     "compute_90": "arch=compute_90,code=compute_90",
 }
-CXX_SOURCES = ["csrc/shift_add_cpu.cpp", "csrc/binding.cpp"]
+CXX_SOURCES = ["csrc/shift_add_cpu.cpp", "csrc/assemble_cpu.cpp", "csrc/binding.cpp"]
 STRIPS_SOURCE = "csrc/strips_cpu.cpp"  # compiled once for every set of vector instructions; binding.cpp takes the best
 SCARCE = "-fno-predictive-commoning"       # 16 registers are too few to carry taps from line to line
 INSTRUCTIONS = {

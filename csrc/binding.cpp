@@ -13,6 +13,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <tuple>
+#include <vector>
 #ifdef SWCONV_CUDA
 #include <dlfcn.h>
 #endif
@@ -76,6 +77,8 @@ auto with_type(const char* op, const Tensor& t, const Body& body) {
 }
 
 Tensor dense(const Tensor& t) { return torch::stable::contiguous(t); }
+
+constexpr int64_t kChannels = 16;  // that one thread takes at least, where a channel is little work
 
 // ---- two-step form -------------------------------------------------------------------------------------------------
 
@@ -246,6 +249,65 @@ Tensor shift_add_backward_cuda(const Tensor grad_h, const Tensor grad_v, const T
 }
 #endif
 
+// ---- filters into their slots --------------------------------------------------------------------------------------
+
+swconv::AssembleSizes assemble_sizes(const char* op, const Tensor& mixing, int64_t branches, int64_t small) {
+  require(mixing.dim() == 3 && mixing.size(1) == 2 * mixing.size(2) + 1, op, " needs mixing (R, 2 * n + 1, n), got ",
+          shape(mixing), ".");
+  require(small <= swconv::kLargestFilter, op, " needs filters of at most ", swconv::kLargestFilter, " px, got ", small, ".");
+  return {branches, mixing.size(0), mixing.size(2), small};
+}
+
+Three assemble_cpu(const std::vector<Tensor> filters, const Tensor mixing) {
+  constexpr const char* op = "swconv::assemble";
+  require(!filters.empty() && filters[0].dim() == 4, op, " needs filters (R * n, 1, N, N), got ",
+          filters.empty() ? "none" : shape(filters[0]), ".");
+  const int64_t small = filters[0].size(3);
+  const auto s = assemble_sizes(op, mixing, static_cast<int64_t>(filters.size()), small);
+  std::vector<Tensor> from;
+  for (const Tensor& branch : filters) {
+    require_shape(op, "filters", branch, {s.channels * s.taps, 1, small, small});
+    require_alike(op, mixing, {&branch});
+    from.push_back(dense(branch));
+  }
+  const Tensor mix = dense(mixing);
+  Tensor h = torch::stable::new_empty(mix, {s.channels, 1, small, s.taps * small}),
+         v = torch::stable::new_empty(mix, {s.channels, 1, s.taps * small, small}),
+         c = torch::stable::new_empty(mix, {s.channels, 1, small, small});
+  with_type(op, mixing, [&](auto zero) {
+    using T = decltype(zero);
+    std::vector<const T*> branches;
+    for (const Tensor& branch : from) branches.push_back(branch.const_data_ptr<T>());
+    T *to_h = h.mutable_data_ptr<T>(), *to_v = v.mutable_data_ptr<T>(), *to_c = c.mutable_data_ptr<T>();
+    parallel_for(0, s.channels, kChannels, [&](int64_t begin, int64_t end) {
+      swconv::assemble_cpu(s, branches.data(), mix.const_data_ptr<T>(), to_h, to_v, to_c, begin, end);
+    });
+  });
+  return {h, v, c};
+}
+
+Tensor assemble_backward_cpu(const Tensor grad_h, const Tensor grad_v, const Tensor grad_c, const Tensor mixing) {
+  constexpr const char* op = "swconv::assemble_backward";
+  require(grad_c.dim() == 4, op, " needs the gradient of kernel_c (R, 1, N, N), got ", shape(grad_c), ".");
+  const int64_t small = grad_c.size(3);
+  const auto s = assemble_sizes(op, mixing, 1, small);
+  require_shape(op, "the gradient of kernel_h", grad_h, {s.channels, 1, small, s.taps * small});
+  require_shape(op, "the gradient of kernel_v", grad_v, {s.channels, 1, s.taps * small, small});
+  require_shape(op, "the gradient of kernel_c", grad_c, {s.channels, 1, small, small});
+  require_alike(op, mixing, {&grad_h, &grad_v, &grad_c});
+  const Tensor mix = dense(mixing), h = dense(grad_h), v = dense(grad_v), c = dense(grad_c);
+  Tensor out = torch::stable::new_empty(mix, {s.channels * s.taps, 1, small, small});
+  with_type(op, mixing, [&](auto zero) {
+    using T = decltype(zero);
+    T* to = out.mutable_data_ptr<T>();
+    parallel_for(0, s.channels, kChannels, [&](int64_t begin, int64_t end) {
+      swconv::assemble_backward_cpu(s, h.const_data_ptr<T>(), v.const_data_ptr<T>(), c.const_data_ptr<T>(),
+                                    mix.const_data_ptr<T>(), to, begin, end);
+    });
+  });
+  return out;
+}
+
 // ---- strip form ----------------------------------------------------------------------------------------------------
 
 swconv::StripSizes strip_sizes(const char* op, const Tensor& x, const Tensor& kernel_h, const Tensor& kernel_v,
@@ -400,7 +462,7 @@ Four strip_branches_backward(const Tensor grad_h, const Tensor grad_v, const Ten
                        from.const_data_ptr<T>(), kh.const_data_ptr<T>(), kv.const_data_ptr<T>(),
                        kc.const_data_ptr<T>(), to_x, parts, begin, end);
     });
-    parallel_for(0, s.channels, 16, [&](int64_t begin, int64_t end) {
+    parallel_for(0, s.channels, kChannels, [&](int64_t begin, int64_t end) {
       sum_partial(s, parts, to_h, to_v, to_c, begin, end);
     });
   });
@@ -473,6 +535,8 @@ STABLE_TORCH_LIBRARY(swconv, m) {
         "-> (Tensor, Tensor, Tensor)");
   m.def("shift_add_backward(Tensor grad_h, Tensor grad_v, Tensor grad_i, Tensor pad_h, Tensor pad_v, Tensor pick, "
         "int halo, int taps) -> Tensor");
+  m.def("assemble(Tensor[] filters, Tensor mixing) -> (Tensor, Tensor, Tensor)");
+  m.def("assemble_backward(Tensor grad_h, Tensor grad_v, Tensor grad_c, Tensor mixing) -> Tensor");
   m.def("strip_branches(Tensor x, Tensor kernel_h, Tensor kernel_v, Tensor kernel_c, int anchor_h, int anchor_v) "
         "-> (Tensor, Tensor, Tensor)");
   m.def("strip_branches_backward(Tensor grad_h, Tensor grad_v, Tensor grad_i, Tensor x, Tensor kernel_h, "
@@ -484,6 +548,8 @@ STABLE_TORCH_LIBRARY(swconv, m) {
 STABLE_TORCH_LIBRARY_IMPL(swconv, CPU, m) {
   m.impl("shift_add", TORCH_BOX(&shift_add_cpu));
   m.impl("shift_add_backward", TORCH_BOX(&shift_add_backward_cpu));
+  m.impl("assemble", TORCH_BOX(&assemble_cpu));
+  m.impl("assemble_backward", TORCH_BOX(&assemble_backward_cpu));
   m.impl("strip_branches", TORCH_BOX(&strip_branches));
   m.impl("strip_branches_backward", TORCH_BOX(&strip_branches_backward));
   m.impl("strip_mix", TORCH_BOX(&strip_mix));

@@ -49,6 +49,18 @@ def evaluate(args: argparse.Namespace) -> None:
     evaluation.evaluate(record["config"], args.data, args.weights, args.out, record)
 
 
+def lay_out(args: argparse.Namespace) -> None:
+    from swconv import params
+    from swconv.training import conversion
+
+    known = params.load(PARAMS)
+    source = known.run(args.run).same_weights
+    if source is None:
+        raise ValueError(f"run {args.run} has no same_weights in params/runs.yaml: it is trained, not laid out.")
+    conversion.convert_run(known.resolve(source, args.profile), known.resolve(args.run, args.profile), args.weights, args.out,
+                           args.seed)
+
+
 def track(args: argparse.Namespace) -> None:
     from swconv import atomic, params
     from swconv.training import tracking
@@ -164,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(function, summary: str, *arguments: str) -> None:
-        sub = verbs.add_parser(function.__name__, help=summary, description=summary)
+        sub = verbs.add_parser(function.__name__.replace("_", "-"), help=summary, description=summary)
         sub.set_defaults(function=function)
         for name in arguments:
             sub.add_argument(name, **_ARGUMENTS[name])
@@ -176,6 +188,8 @@ def _parser() -> argparse.ArgumentParser:
          "--log-every")
     verb(evaluate, "measure trained weights, in training form and merged", "run", "--profile", "--seed", "--data",
          "--weights", "--out", "--planned")
+    verb(lay_out, "cut a trained SLaK's strips into squares for a row with same_weights", "run", "--profile", "--seed",
+         "--weights", "--out")
     verb(track, "replay the runs of a report into MLflow", "report", "--profile", "--seeds", "--out")
     verb(report, "write a table with its figure and provenance", "report", "--profile", "--seeds", "--out")
     verb(cost, "count a model's parameters and multiply-adds", "model", "--input", "--sparsity", "--counting", "--set",

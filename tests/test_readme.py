@@ -100,6 +100,7 @@ def test_the_deployed_network_of_the_readme_runs():
     scope: dict = {}
     exec(code, scope)
     assert scope["deployed"].eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+    assert [f.shape[-1] for f in scope["pyramid"](torch.zeros(1, 3, 64, 64))] == [8, 4, 2]
 
 
 def test_files_that_the_readme_names_exist():

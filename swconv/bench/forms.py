@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import swconv.models  # noqa: F401  registers the networks with timm
 from swconv.bench.work import Stage
-from swconv.ops import ShiftwiseConv2d, assemble, shift_add, shift_add_ref, strip_branches_ref, strip_mix
+from swconv.ops import ShiftwiseConv2d, assemble_ref, shift_add, shift_add_ref, strip_branches_ref, strip_mix
 
 Three = tuple[Tensor, Tensor, Tensor]
 Sums = Callable[[ShiftwiseConv2d, Tensor], Three]
@@ -40,7 +40,7 @@ def two_step_taps(layer: ShiftwiseConv2d, x: Tensor) -> Three:
 def torch_strips(layer: ShiftwiseConv2d, x: Tensor) -> Three:
     """The strip form without our kernels."""
     anchor = layer.kernel_size // 2
-    return strip_branches_ref(x, *assemble(sum(layer.filters), layer.mixing), anchor, anchor)
+    return strip_branches_ref(x, *assemble_ref(sum(layer.filters), layer.mixing), anchor, anchor)
 
 
 def reference(layer: ShiftwiseConv2d, x: Tensor) -> Three:

@@ -2,7 +2,7 @@
 
 from swconv.ops.module import ShiftwiseConv2d, affine
 from swconv.ops.shift import responses, shift_add, shift_add_ref
-from swconv.ops.strips import assemble, half_border, strip_branches, strip_branches_ref, strip_mix
+from swconv.ops.strips import assemble, assemble_ref, half_border, strip_branches, strip_branches_ref, strip_mix
 from swconv.ops.tables import ShiftTables, ghost_split, tap_count
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "ShiftwiseConv2d",
     "affine",
     "assemble",
+    "assemble_ref",
     "ghost_split",
     "half_border",
     "responses",

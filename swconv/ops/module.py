@@ -116,7 +116,7 @@ class ShiftwiseConv2d(nn.Module):
 
     def branches(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The sums h, v, i in the strip form, each (B, R, H, W)."""
-        kernels = assemble(sum(self.filters), self.mixing)
+        kernels = assemble(list(self.filters), self.mixing)
         anchor = self.kernel_size // 2
         h, v, i = strip_branches(mixed, *kernels, anchor, anchor)
         if self.padding == "half":
@@ -133,7 +133,7 @@ class ShiftwiseConv2d(nn.Module):
             scales, shifts = zip(*(affine(norm) for norm in self.norms), strict=True) if self.norm else ((), ())
             weights = [w * s[:, None, None, None] for w, s in zip(self.filters, scales, strict=True)] \
                 if self.norm == "filter" else list(self.filters)
-            kernels = list(assemble(sum(weights), self.mixing))
+            kernels = list(assemble(weights, self.mixing))
             bias = kernels[2].new_zeros(len(self.mixed))
             if self.norm == "branch":
                 kernels = [k * s[:, None, None, None] for k, s in zip(kernels, scales, strict=True)]

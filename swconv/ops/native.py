@@ -123,6 +123,9 @@ def _register() -> None:
         torch.library.register_fake(f"swconv::{op}", _fake_shift_add)
         torch.library.register_autograd(f"swconv::{op}", _shift_add_backward, setup_context=_save_shift_add)
     torch.library.register_fake("swconv::shift_add_backward", _fake_shift_add_backward)
+    torch.library.register_fake("swconv::assemble", _fake_assemble)
+    torch.library.register_fake("swconv::assemble_backward", _fake_assemble_backward)
+    torch.library.register_autograd("swconv::assemble", _assemble_backward, setup_context=_save_assemble)
     torch.library.register_fake("swconv::strip_branches", _fake_strip_branches)
     torch.library.register_fake("swconv::strip_mix", _fake_strip_mix)
     torch.library.register_fake("swconv::strip_branches_backward", _fake_strip_branches_backward)
@@ -151,6 +154,31 @@ def _save_shift_add(ctx, inputs, output):
 def _shift_add_backward(ctx, grad_h, grad_v, grad_i):
     grad_maps = torch.ops.swconv.shift_add_backward(grad_h, grad_v, grad_i, *ctx.saved_tensors, ctx.halo, ctx.taps)
     return grad_maps, None, None, None, None
+
+
+# ---- filters into their slots
+
+
+def _fake_assemble(filters, mixing):
+    channels, _, taps = mixing.shape
+    small = filters[0].shape[3]
+    sizes = ((small, taps * small), (taps * small, small), (small, small))
+    return tuple(mixing.new_empty(channels, 1, *size) for size in sizes)
+
+
+def _fake_assemble_backward(grad_h, grad_v, grad_c, mixing):
+    return mixing.new_empty(mixing.shape[0] * mixing.shape[2], 1, *grad_c.shape[2:])
+
+
+def _save_assemble(ctx, inputs, output):
+    filters, mixing = inputs
+    ctx.branches = len(filters)
+    ctx.save_for_backward(mixing)
+
+
+def _assemble_backward(ctx, grad_h, grad_v, grad_c):
+    grad = torch.ops.swconv.assemble_backward(grad_h, grad_v, grad_c, *ctx.saved_tensors)
+    return [grad] * ctx.branches, None
 
 
 # ---- strip form

@@ -4,6 +4,8 @@ Shifts and convolutions commute and a filter moves only within its own channel, 
 branches is, per channel, one horizontal strip, one vertical strip and one small kernel. `assemble` sums in weight space.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,20 +13,40 @@ from torch import Tensor
 from swconv.ops import native
 
 
-def assemble(filters: Tensor, mixing: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum the filters of all edges into their slots. Differentiable; its cost does not depend on the number of edges.
+def assemble(filters: Tensor | Sequence[Tensor], mixing: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum the filters of all edges into their slots. Differentiable in the filters.
 
     Parameters
     ----------
-    filters : Tensor of shape (R * n, 1, N, N)
-        Small filters, Rep branches summed.
+    filters : Tensor of shape (R * n, 1, N, N), or a sequence of them
+        Small filters; of several Rep branches the sum is taken.
     mixing : Tensor of shape (R, 2 * n + 1, n)
-        `ShiftTables.mixing()`.
+        `ShiftTables.mixing()`, in the filters' dtype.
 
     Returns
     -------
     kernel_h, kernel_v, kernel_c : Tensor of shape (R, 1, N, n * N), (R, 1, n * N, N) and (R, 1, N, N)
+
+    Raises
+    ------
+    ValueError
+        When filters and mixing do not fit.
     """
+    branches = [filters] if isinstance(filters, Tensor) else list(filters)
+    channels, _, taps = mixing.shape
+    small = branches[0].shape[-1]
+    if any(branch.shape != (channels * taps, 1, small, small) for branch in branches):
+        raise ValueError(
+            f"assemble needs filters (R * n, 1, N, N) with R * n = {channels} * {taps} as in mixing, got "
+            f"{', '.join(str(tuple(branch.shape)) for branch in branches)}. Were both made for the same layer?"
+        )
+    if native.handles(branches[0], "assemble") and mixing.dtype == branches[0].dtype:
+        return torch.ops.swconv.assemble(branches, mixing)
+    return assemble_ref(sum(branches), mixing)
+
+
+def assemble_ref(filters: Tensor, mixing: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`assemble` of one Tensor of filters by torch's matrix product."""
     channels, rows, taps = mixing.shape
     small = filters.shape[-1]
     with torch.autocast("cuda" if filters.is_cuda else "cpu", enabled=False):  # sums of weights keep their precision

@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 
 # The names of the released code and those of swconv.models.
 _BRANCH = re.compile(r"(?P<layer>(?:.+\.)?(?:large_kernel\.LoRAs|mixer\.filters))\.\d+(?:\.weight)?")
-_SINGLE = re.compile(r"(?:.+\.)?large_kernel\.LoRA\d?(?:\.\w+)?\.weight")
+_SINGLE = re.compile(r"(?:.+\.)?(?:large_kernel\.LoRA\d?(?:\.\w+)?|mixer\.convs\.(?:vertical|horizontal))\.weight")
 _OTHERS = {
     "none": re.compile(r"(?!)"),
     "pointwise": re.compile(r"(?:.+\.)?pwconv\d(?:\.\d+)?\.weight"),

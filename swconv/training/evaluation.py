@@ -29,13 +29,7 @@ def evaluate(config: Mapping[str, Any], data_dir: Path, weights: Path, out: Path
     began = time.monotonic()
     device = prepare_machine(config["machine"])
     dataset = config["dataset"]
-    stamp = weights.with_name(weights.name + ".sha256")
-    if not (weights.exists() and stamp.exists()):
-        raise FileNotFoundError(f"Evaluation needs {weights} and {stamp.name} beside it; train the run first.")
-    digest, published = hashlib.sha256(weights.read_bytes()).hexdigest(), stamp.read_text().strip()
-    if digest != published:
-        raise ValueError(f"{weights} is damaged: its sha256 is {digest[:12]}..., published was {published[:12]}.... "
-                         f"Restore it with `dvc checkout --force {weights.parent.parent}` or train it again.")
+    digest = published_sha256(weights)
     model = build(config).to(device, memory_format=MEMORY_FORMATS[config["machine"]["memory_format"]])
     model.load_state_dict(load_file(weights))
     val = ValLoader(dataset, data_dir, VAL_BATCH)
@@ -52,6 +46,18 @@ def evaluate(config: Mapping[str, Any], data_dir: Path, weights: Path, out: Path
     write_json(out / "run.json", record | {"weights_sha256": digest, "seconds": round(time.monotonic() - began, 1),
                                            "resumed_from_epoch": None})
     write_json(out / "metrics.json", values(**metrics))
+
+
+def published_sha256(weights: Path) -> str:
+    """The sha256 of finished weights, which has to be the one beside them."""
+    stamp = weights.with_name(weights.name + ".sha256")
+    if not (weights.exists() and stamp.exists()):
+        raise FileNotFoundError(f"Evaluation needs {weights} and {stamp.name} beside it; train the run first.")
+    digest, published = hashlib.sha256(weights.read_bytes()).hexdigest(), stamp.read_text().strip()
+    if digest != published:
+        raise ValueError(f"{weights} is damaged: its sha256 is {digest[:12]}..., published was {published[:12]}.... "
+                         f"Restore it with `dvc checkout --force {weights.parent.parent}` or train it again.")
+    return digest
 
 
 def alive_filters(model: nn.Module) -> dict[int, float]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from swconv.ops import native
+from swconv.ops import ShiftTables, native
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -168,6 +168,10 @@ def test_operators_keep_the_rules_of_torch_library(layout):
     torch.library.opcheck(ops.strip_mix.default, (x, *kernels, None, *anchors))
     no_grad = [t.detach() for t in (x, *kernels)]
     torch.library.opcheck(ops.strip_branches_backward.default, (*upstream, *no_grad, *anchors))
+    filters = [draw((10, 1, 3, 3), torch.float32, seed).requires_grad_() for seed in (1, 2)]
+    mixing = ShiftTables.draw(2, 5, 2).mixing()
+    torch.library.opcheck(ops.assemble.default, (filters, mixing))
+    torch.library.opcheck(ops.assemble_backward.default, (*(k.detach() for k in ops.assemble(filters, mixing)), mixing))
     pads, maps = tables(), draw((2, 6, 5, 6), torch.float32).requires_grad_()
     torch.library.opcheck(ops.shift_add.default, (maps, *pads, 1))
     grads = [draw((2, 2, 3, 4), torch.float32, seed) for seed in (6, 7, 8)]

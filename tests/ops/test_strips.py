@@ -6,6 +6,7 @@ import torch
 from swconv.ops import (
     ShiftTables,
     assemble,
+    assemble_ref,
     half_border,
     shift_add_ref,
     strip_branches,
@@ -100,3 +101,21 @@ def test_kernels_of_another_width_are_refused():
     kernels = [torch.zeros(3, 1, *size) for size in ((3, 9), (9, 3), (3, 3))]
     with pytest.raises(ValueError, match=r"got x \(1, 2, 4, 4\)"):
         strip_branches(torch.zeros(1, 2, 4, 4), *kernels)
+
+
+@pytest.mark.parametrize(("small", "taps"), [(3, 17), (5, 11), (7, 2), (9, 3)])
+def test_compiled_assembly_is_the_matrix_product_with_its_gradients(small, taps):
+    torch.manual_seed(0)
+    mixing = ShiftTables.draw(20, taps, 4).mixing().double()
+    branches = [torch.randn(20 * taps, 1, small, small, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    got, wanted = assemble(branches, mixing), assemble_ref(sum(branches), mixing)
+    upstream = [torch.randn_like(kernel) for kernel in wanted]
+    for a, b in zip((*got, *torch.autograd.grad(got, branches, upstream)),
+                    (*wanted, *torch.autograd.grad(wanted, branches, upstream)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
+
+
+def test_filters_of_another_layer_are_refused():
+    mixing = ShiftTables.draw(4, 5, 2).mixing()
+    with pytest.raises(ValueError, match=r"R \* n = 4 \* 5 as in mixing, got \(20, 1, 3, 3\), \(15, 1, 3, 3\)"):
+        assemble([torch.zeros(20, 1, 3, 3), torch.zeros(15, 1, 3, 3)], mixing)

@@ -48,6 +48,11 @@ def test_a_row_equal_to_an_earlier_one_is_not_trained(finished):
     assert finished.planned() == {"same_as": 2, **TABLE}
 
 
+def test_a_row_with_same_weights_is_laid_out_from_the_row_that_is_trained(finished):
+    target = "artifacts/smoke/evaluate/sw01_infer/seed0/metrics.json"
+    assert finished.planned(target) == {"train": 1, "lay_out": 1, "evaluate": 1}
+
+
 @pytest.mark.parametrize("left", [None, "", '{"library": {"pa', "{}", "[]"])
 def test_a_build_record_that_is_lost_or_cut_short_trains_nothing_again(finished, left):
     record = finished.root / "artifacts/smoke/build/build.json"
@@ -94,6 +99,8 @@ def test_a_gpu_is_asked_for_only_where_the_profile_computes_on_one(fresh, tmp_pa
     (["--config", "profil=mini"], "--config takes profile and seeds, got profil."),
     (["--config", "profile=paper"], "profile paper needs imagenet in data/imagenet/"),
     (["artifacts/paper/train/sw03/seed0/metrics.json"], "profile paper needs imagenet in data/imagenet/"),
+    (["artifacts/smoke/train/sw01_infer/seed0/metrics.json"], "run sw01_infer is evaluated with the weights of sw00_300"),
+    (["artifacts/smoke/weights/sw11/seed0/metrics.json"], "run sw11 is trained, not laid out"),
 ])
 def test_what_is_not_known_is_told_in_a_sentence(fresh, arguments, sentence):
     printed = fresh.snakemake("-n", *arguments, code=1)

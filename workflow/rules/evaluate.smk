@@ -9,8 +9,8 @@ rule evaluate:
         manifest=f"{DATA}/manifest.csv.sha256",
         library=ancient(f"{BUILD}/build.json"),
         csrc=f"{BUILD}/csrc.meaning",
-        weights=ancient(f"{RUN}/weights.safetensors"),
-        digest=f"{RUN}/weights.safetensors.sha256",
+        weights=ancient(weights_of("weights.safetensors")),
+        digest=weights_of("weights.safetensors.sha256"),
     output:
         metrics=f"{EVALUATION}/metrics.json",
         run=f"{EVALUATION}/run.json",

@@ -75,8 +75,14 @@ with one_sentence():
 def row(wildcards):
     """All that a run takes from params/: its own resolved row, as text."""
     with one_sentence():
-        PARAMS.check_trainable(wildcards.run)
         return PARAMS.identity(wildcards.run, wildcards.profile)
+
+
+def trained_row(wildcards):
+    """The same, of a run that is trained."""
+    with one_sentence():
+        PARAMS.check_trainable(wildcards.run)
+    return row(wildcards)
 
 
 def planned(module):

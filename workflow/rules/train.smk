@@ -15,7 +15,7 @@ rule train:
         weights=f"{RUN}/weights.safetensors",
         digest=f"{RUN}/weights.safetensors.sha256",
     params:
-        row=row,
+        row=trained_row,
         code=fingerprint("swconv.training.loop", csrc=True),
         planned=planned("swconv.training.loop"),
         data=subpath(input.data, parent=True),

@@ -174,8 +174,6 @@ def convert_official(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict
         converted = {ours.get(key, key): tensor for key, tensor in state_dict.items() if not _TABLES.search(key)}
     target = model.state_dict()
     for name, value in target.items():
-        if name.endswith("grn.bias") and name not in converted and name.replace("bias", "weight") in converted:
-            converted[name] = torch.zeros_like(value)                              # folded into what follows
         if name in converted and converted[name].dim() == 4 and value.dim() == 1:  # GRN: (1, 1, 1, C) -> (C,)
             converted[name] = converted[name].flatten()
     _check_fit(converted, target, model)

@@ -126,12 +126,8 @@ def _formed(model: nn.Module, form: Form) -> nn.Module:
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, and the kernels that merged layers keep as buffers; no shift of a GRN that is folded away.
-
-    The small kernel of a merged layer is added to a strip.
-    """
-    folded = {f"{name}.grn.bias" for name, block in model.named_modules() if getattr(block, "folded", False)}
-    yield from ((name, weight) for name, weight in model.named_parameters() if name not in folded)
+    """Parameters, and the kernels that merged layers keep as buffers; their small kernel is added to a strip."""
+    yield from model.named_parameters()
     for name, layer in model.named_modules():
         if getattr(layer, "merged", None) is True:
             for kernel in ("kernel_h", "kernel_v", "bias"):

@@ -26,7 +26,10 @@ Kernels = int | Sequence[int]
 
 
 class ResponseNorm(GlobalResponseNorm):
-    """timm's global response normalization of (B, H, W, C), in two passes over the map instead of five."""
+    """timm's global response normalization of (B, H, W, C), in two passes over the map instead of five.
+
+    Its bias is None once it is folded into what follows.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda:
@@ -34,7 +37,8 @@ class ResponseNorm(GlobalResponseNorm):
         else:                                                         # vector_norm is slow there; a dead channel has no slope
             norm = x.square().sum((1, 2), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny).sqrt()
         scale = 1 + self.weight * norm / (norm.mean(-1, keepdim=True) + self.eps)        # (B, 1, 1, C)
-        return torch.addcmul(self.bias.to(x.dtype), x, scale.to(x.dtype))
+        scale = scale.to(x.dtype)
+        return x * scale if self.bias is None else torch.addcmul(self.bias.to(x.dtype), x, scale)
 
 
 class Block(nn.Module):
@@ -111,7 +115,7 @@ class Block(nn.Module):
         bias = weight.new_zeros(len(weight)) if bias is None else bias
         if isinstance(self.grn, ResponseNorm):
             bias = bias + weight @ self.grn.bias
-            self.grn.bias.zero_()
+            self.grn.bias = None
         if isinstance(self.norm_out, _BatchNorm):
             scale, shift = affine(self.norm_out)
             weight, bias = scale[:, None] * weight, scale * bias + shift

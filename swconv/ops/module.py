@@ -181,7 +181,7 @@ class ShiftwiseConv2d(nn.Module):
     def _forward_absorbed(self, x: Tensor) -> Tensor:
         if not len(self.ghost):
             return self._forward_merged(x)
-        y = self._forward_merged(x.index_select(1, self.mixed))               # (B, R, H, W)
+        y = self._forward_merged(x[:, self.mixed])                            # (B, R, H, W)
         return torch.addcmul(self.pass_shift, x, self.pass_scale).index_copy_(1, self.mixed, y)
 
     def _forward_merged(self, mixed: Tensor) -> Tensor:

@@ -5,6 +5,7 @@
   csrc/ ─────────────> build ──┘      ^                     (MLflow)       ^
   params/runs.yaml, one row per run ──┘                                    │
   params/active.yaml: profile and seeds; reports/paper/: the claims ───────┘
+  params/costs.yaml ─> tables ──> reports/index.md, table1.md, table3.md, table8.md, slak/: what needs no training
 
 Beforehand:    snakemake -n
 One ablation:  snakemake --cores all artifacts/mini/train/sw11/seed0/metrics.json

@@ -99,12 +99,16 @@ def cost(args: argparse.Namespace) -> None:
     sys.stdout.write((json.dumps(counts, indent=2) if args.json else table(counts)) + "\n")
 
 
-def costs(args: argparse.Namespace) -> None:
+def tables(args: argparse.Namespace) -> None:
     from swconv import params
     from swconv.analysis.cost import cost as count
-    from swconv.reporting.costs import build_cost_table, build_index
+    from swconv.analysis.kernels import curves
+    from swconv.reporting.costs import build_cost_table, build_figure4, build_index
+    from swconv.reporting.formulas import build_table1
+    from swconv.reporting.recipes import build_table8
 
-    tables = params.load(PARAMS).costs
+    known = params.load(PARAMS)
+    tables = known.costs
     wanted = {key: each for table in tables.values() for key, each in table.counted.items()}
     counts = {}
     for key, each in wanted.items():
@@ -113,7 +117,13 @@ def costs(args: argparse.Namespace) -> None:
     plain = {name: table.plain() for name, table in tables.items()}
     for name, table in plain.items():
         build_cost_table(table, counts, PAPER, args.out / f"{name}.md", f"snakemake --cores all {args.out / name}.md")
-    build_index(plain, counts, PAPER, args.out / "index.md")
+    build_figure4(curves(), args.out / "figures/slak")
+    build_table1(PAPER / "sw_table1.csv", args.out / "table1.md", f"snakemake --cores all {args.out}/table1.md")
+    configs = {column: known.resolve(run, "paper") | {"id": run} for column, run in known.settings.items()}
+    command = f"snakemake --cores all {args.out}/table8.md"
+    score = build_table8(configs, PAPER / "sw_table8.csv", args.out / "table8.md", command)
+    build_index(plain, counts, {"sw_table8.csv": ("table8", "SW Table 8: training settings", score)}, PAPER,
+                args.out / "index.md")
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -194,7 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     verb(report, "write a table with its figure and provenance", "report", "--profile", "--seeds", "--out")
     verb(cost, "count a model's parameters and multiply-adds", "model", "--input", "--sparsity", "--counting", "--set",
          "--json")
-    verb(costs, "count what the papers' tables print of parameters and FLOPs, and write the tables", "--out")
+    verb(tables, "write the tables that need no training: parameters, FLOPs and settings", "--out")
     verb(convert, "write a published checkpoint as safetensors under our names", "source", "--model", "--laid-out", "--sha256",
          "--set", "--out")
     verb(ui, "open the MLflow pages")

@@ -99,7 +99,8 @@ class SlakArgs(NetworkArgs):
     laid_out: bool
 
 
-ARGS: dict[str, type[NetworkArgs]] = {"slak_tiny": SlakArgs, "sw_slak_tiny": ShiftwiseArgs, "sw_tiny": ShiftwiseArgs}
+ARGS: dict[str, type[NetworkArgs]] = {"slak_tiny": SlakArgs, "sw_slak_tiny": ShiftwiseArgs, "sw_tiny": ShiftwiseArgs,
+                                     "sw_small": ShiftwiseArgs}
 
 
 class Sparsity(_Row):
@@ -327,6 +328,7 @@ class _Rows(_Row):
     """runs.yaml as a whole."""
 
     reports: dict[str, dict[str, Any]] = Field(min_length=1)
+    settings: dict[str, str] = {}
     runs: dict[str, dict[str, Any]] = Field(min_length=1)
 
 
@@ -337,6 +339,8 @@ class Params:
     ----------
     runs : dict of str to Run
     reports : dict of str to Report
+    settings : dict of str to str
+        Column of SW Table 8 -> run.
     profiles : dict of str to Profile
     costs : dict of str to CostTable
     active : Active
@@ -350,6 +354,7 @@ class Params:
         self._runs_file.check(_Rows)
         self.runs = {run: self._runs_file.check(Run, ("runs", run)) for run in self._runs_file.data["runs"]}
         self.reports = {name: self._runs_file.check(Report, ("reports", name)) for name in self._runs_file.data["reports"]}
+        self.settings = dict(self._runs_file.data.get("settings", {}))
         self._check_references()
         file = _File(folder / "costs.yaml")
         self.costs = {name: file.check(CostTable, (name,)) for name in file.data}
@@ -497,6 +502,9 @@ class Params:
             for part, at in ((run, ("runs", name)), (run.paper, ("runs", name, "paper")), (run.mini, ("runs", name, "mini"))):
                 file.check(args, (*at, "model"), part.model, partial=True)
                 file.check(Recipe, (*at, "recipe"), part.recipe, partial=True)
+        for column, value in self.settings.items():
+            if value not in self.runs:
+                raise file.fault(("settings", column), f"column {column}: {_unknown('run', value, self.runs)}")
         for report, rows in self.reports.items():
             for key in ("rows", "controls"):
                 for value in getattr(rows, key):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from swconv.atomic import write_atomic
+from swconv.reporting.figures import Line, draw_lines
 from swconv.reporting.table import markdown_table
 
 SCALE = {"params": 10**6, "macs": 10**9}
@@ -115,9 +116,16 @@ def compare(
 
 
 def build_index(
-    tables: Mapping[str, Mapping[str, Any]], counts: Mapping[str, Mapping[str, int]], paper: Path, out: Path
+    tables: Mapping[str, Mapping[str, Any]],
+    counts: Mapping[str, Mapping[str, int]],
+    others: Mapping[str, tuple[str, str, Counter[str]]],
+    paper: Path,
+    out: Path,
 ) -> None:
-    """Write the scoreboard: the cells of every table that the papers print, by verdict."""
+    """Write the scoreboard: the cells of every table that the papers print, by verdict.
+
+    `others`: claims -> page, title and tally of tables that were made elsewhere.
+    """
     made = {table["claims"]: (name, table) for name, table in tables.items()}
     lines, total = [], Counter[str]()
     for file in sorted(paper.glob("*_table*.csv"), key=lambda file: (file.stem.split("_")[0], len(file.stem), file.stem)):
@@ -125,6 +133,9 @@ def build_index(
         if file.name in made:
             name, table = made[file.name]
             score, title = tally(compare(table, counts, claims, file)), f"[{table['title']}]({name}.md)"
+        elif file.name in others:
+            name, title, score = others[file.name]
+            title = f"[{title}]({name}.md)"
         else:
             numbers = [claim[column] for claim in claims for column in header if _is_number(claim[column])]
             score, title = Counter({"not run": len(numbers)}), _title(file)
@@ -136,8 +147,32 @@ def build_index(
         "Printed numbers of both papers. Equal and explained: counted here without training, at the digits that are printed.",
         "Cited: of models that the papers take from others. Not run: needs training or weights at the papers' scale.",
         "[Table 2 of SW](table2.md) was run on the mini task, which compares directions and reproduces no numbers.", "",
-        markdown_table(["table", "cells", *VERDICTS], lines), ""])
+        markdown_table(["table", "cells", *VERDICTS], lines), "",
+        "SLaK Figure 4, left, counted: [FLOPs](figures/slak/fig4_macs.svg), [parameters](figures/slak/fig4_params.svg).", ""])
     write_atomic(out, text.encode())
+
+
+def build_figure4(points: Sequence[Any], out: Path) -> None:
+    """Draw SLaK Figure 4, left, as two SVGs and write their numbers as CSV.
+
+    Parameters
+    ----------
+    points : sequence of `swconv.analysis.kernels.Point`
+    out : Path
+        Folder of the figures.
+    """
+    forms = list(dict.fromkeys(point.form for point in points))
+    for name, label in (("macs", "FLOPs (multiply-adds), 10^9"), ("params", "parameters, 10^6")):
+        lines = []
+        for form in forms:
+            ours = [point for point in points if point.form == form]
+            lines.append(Line(form, [point.extent for point in ours], [getattr(point, name) / SCALE[name] for point in ours],
+                              [None] * len(ours)))
+        draw_lines(lines, (), "ConvNeXt-T with one kernel size in all stages, 224 px", ("kernel size M, px", label),
+                   out / f"fig4_{name}.svg", limits=(0, None))
+    header = "form,kernel_size_px,params,macs\n"
+    text = "".join(f"{point.form},{point.extent},{point.params},{point.macs}\n" for point in points)
+    write_atomic(out / "fig4.csv", (header + text).encode())
 
 
 def tally(cells: Sequence[Mapping[str, Cell]]) -> Counter[str]:

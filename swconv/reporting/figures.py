@@ -25,7 +25,12 @@ class Line:
 
 
 def draw_lines(
-    lines: Sequence[Line], levels: Sequence[tuple[str, float]], title: str, labels: tuple[str, str], path: Path
+    lines: Sequence[Line],
+    levels: Sequence[tuple[str, float]],
+    title: str,
+    labels: tuple[str, str],
+    path: Path,
+    limits: tuple[float, float | None] = (0, 100),
 ) -> None:
     """Draw lines with a band of one sd over dashed reference levels, and save them.
 
@@ -39,6 +44,8 @@ def draw_lines(
         Of the x and the y axis.
     path : Path
         Its suffix names the format: svg, or png to look at.
+    limits : (float, float or None)
+        Of the y axis; None leaves room for the highest line.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -61,7 +68,7 @@ def draw_lines(
         else:
             axes.set_xticks([])
             axes.text(0.5, 0.6, "not run", transform=axes.transAxes, ha="center")
-        axes.set_ylim(0, 100)
+        axes.set_ylim(*limits)
         axes.set_xlabel(labels[0])
         axes.set_ylabel(labels[1])
         axes.grid(axis="y", color="#dddddd", linewidth=0.8)

@@ -1,6 +1,7 @@
 """Tables of parameters and FLOPs: what counts as equal, what has to be explained, what a page says."""
 
 import csv
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -77,14 +78,17 @@ def test_the_page_and_the_spreadsheet_hold_every_cell(paper, tmp_path):
 
 def test_the_scoreboard_adds_up_and_knows_tables_that_were_not_made(paper, tmp_path):
     (paper / "x_table2.csv").write_text("method,top1_acc_pct\na,81.0\nb,-\n")
+    (paper / "sw_table3.csv").write_text("setting,a\nu,100\n")
     (paper / "x_table1.csv").rename(paper / "sw_table1.csv")
     (paper / "x_table2.csv").rename(paper / "sw_table2.csv")
     plan = table() | {"claims": "sw_table1.csv"}
-    build_index({"table1": plan}, COUNTS, paper, tmp_path / "index.md")
+    others = {"sw_table3.csv": ("table3", "Other", Counter(equal=4))}
+    build_index({"table1": plan}, COUNTS, others, paper, tmp_path / "index.md")
     text = (tmp_path / "index.md").read_text()
     assert "| [A table](table1.md) | 9 | 3 | - | 1 | 3 | 2 |" in text
     assert "| SW Table 2 | 1 | - | - | - | - | 1 |" in text
-    assert "| all | 10 | 3 | - | 1 | 3 | 3 |" in text
+    assert "| [Other](table3.md) | 4 | 4 | - | - | - | - |" in text
+    assert "| all | 14 | 7 | - | 1 | 3 | 3 |" in text
 
 
 def test_the_committed_tables_leave_nothing_that_differs():

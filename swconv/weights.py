@@ -52,11 +52,11 @@ _GROWN = (
     (r"\.norm_out\.", ".pwconv2.2."),
 )
 _SE = ((r"\.se\.fc1\.", ".{se}.down."), (r"\.se\.fc2\.", ".{se}.up."), (r"\.pwconv1\.", ".{expansion}."))
+# What the released merge calls the summed Rep branches of SW: those of a model with rep_branches=1.
+_MERGED = re.compile(r"\.LoRA\.weight$")
 # What a checkpoint of the released code may hold beside the weights: its index tables.
 _TABLES = re.compile(r"\.?(?:loras\.)?(?:pad_hv1?|idx_identit1?|idx_out1?|rep1|ghost1)$")
-
-
-MAP_VERSION = 1                                                                 # of _NAMES, for files that it made
+MAP_VERSION = 1                                                                 # of all these, for files that they made
 
 
 def read_checkpoint(path: Path, sha256: str | None = None) -> Mapping[str, Any]:
@@ -171,7 +171,8 @@ def convert_official(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict
     else:
         ours = {official: name for name, official in official_names(model).items()}
         _check_tables(state_dict, model)
-        converted = {ours.get(key, key): tensor for key, tensor in state_dict.items() if not _TABLES.search(key)}
+        named = {_MERGED.sub(".LoRAs.0.weight", key): tensor for key, tensor in state_dict.items() if not _TABLES.search(key)}
+        converted = {ours.get(key, key): tensor for key, tensor in named.items()}
     target = model.state_dict()
     for name, value in target.items():
         if name in converted and converted[name].dim() == 4 and value.dim() == 1:  # GRN: (1, 1, 1, C) -> (C,)

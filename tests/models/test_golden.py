@@ -38,6 +38,7 @@ FULL = [
     ("SLaK_reg_tiny_x1.3", "slak_tiny", {"laid_out": True}), ("SW_v2_tiny", "sw_tiny", {}), ("SW_v2_small", "sw_small", {}),
     ("SW_v1_tiny_x1.3", "sw_slak_tiny", {}), ("unireplknet_t", "unireplknet_tiny", {}),
     ("unireplknet_s", "unireplknet_small", {}), ("convnext_tiny", "convnext_tiny", {}),
+    ("SW_v2_tiny_merged", "sw_tiny", {"rep_branches": 1}), ("unireplknet_t_deploy", "unireplknet_tiny", {}),
 ]
 
 
@@ -118,6 +119,13 @@ def test_a_deployed_unireplknet_loads_into_the_merged_network():
     torch.testing.assert_close(model.double()(golden["input"].double()), golden["logits_merged_f64"], atol=1e-5, rtol=0)
 
 
+def test_a_merged_sw_loads_into_the_network_with_one_rep_branch():
+    golden = load_file(GOLDEN / "sw_v2_mini.safetensors")
+    model = timm.create_model("sw_tiny", **MINI, rep_branches=1)
+    model.load_state_dict(convert_official(part(golden, "merged"), model))
+    torch.testing.assert_close(model.double().eval()(golden["input"].double()), golden["logits_merged_f64"], atol=1e-5, rtol=0)
+
+
 def test_laid_out_weights_are_the_published_ones_and_give_the_same_logits():
     golden = load_file(GOLDEN / "slak_laidout_mini.safetensors")
     strips, pieces = (timm.create_model("slak_tiny", **MINI, laid_out=laid_out) for laid_out in (False, True))
@@ -131,12 +139,26 @@ def test_laid_out_weights_are_the_published_ones_and_give_the_same_logits():
     torch.testing.assert_close(logits, golden["logits_eval_f64"], atol=1e-10, rtol=0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["slak_tiny", "slak_small", "slak_base"])
+def test_whole_networks_laid_out_give_the_same_logits(name):
+    torch.manual_seed(0)
+    strips, pieces = (timm.create_model(name, laid_out=laid_out, layer_scale_init=0.1).double().eval()
+                      for laid_out in (False, True))
+    pieces.load_state_dict(lay_out_state(strips.state_dict()))
+    x = torch.randn(1, 3, 224, 224, dtype=torch.float64)
+    with torch.no_grad():
+        wanted, got = strips(x), pieces(x)
+    assert ((got - wanted).abs().max() / wanted.abs().max()).item() <= 1e-12
+
+
 @pytest.mark.parametrize(("official", "name", "arguments"), FULL)
 def test_full_size_official_checkpoints_fit_key_by_key_and_back(official, name, arguments):
     shapes = dict(json.loads((GOLDEN / "state_dict_keys.json").read_text())[official])
     state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
     with torch.device("meta"):
         model = timm.create_model(name, **arguments)
+        model = reparameterize_model(model) if official.endswith("deploy") else model
     assert convert_official(state, model).keys() == model.state_dict().keys()
-    if not name.startswith("convnext"):
+    if not name.startswith("convnext") and not official.endswith("merged"):
         assert {key: list(value.shape) for key, value in to_official(model).items()} == shapes

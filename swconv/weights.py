@@ -20,7 +20,7 @@ from swconv.atomic import write_atomic
 from swconv.models import LargeKernelNet
 from swconv.ops import ShiftwiseConv2d
 
-# Ours -> official, applied in order. {mixer} and {large} are the family's, see _family.
+# Ours -> official, applied in order. {mixer}, {strip}, {se} and {expansion} are the family's, see _family.
 _NAMES = (
     (r"^stem\.", "downsample_layers.0."),
     (r"^stages\.(\d+)\.downsample\.", r"downsample_layers.\1."),
@@ -85,7 +85,8 @@ def read_checkpoint(path: Path, sha256: str | None = None) -> Mapping[str, Any]:
         raise ValueError(f"{path} holds objects that are no tensors or plain values, or is no checkpoint, and is not opened: a "
                          "pickle can run code. Ask its source for weights alone.") from error
     except (RuntimeError, EOFError, SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or cut short, got '{str(error).splitlines()[0]}'. Download it again.") from error
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is damaged or cut short, got '{reason}'. Download it again.") from error
 
 
 def convert(source: Path, model: str, out: Path, arguments: Mapping[str, Any] | None = None, laid_out: bool = False,
@@ -109,7 +110,10 @@ def convert(source: Path, model: str, out: Path, arguments: Mapping[str, Any] | 
     """
     network = timm.create_model(model, **(arguments or {}))
     state = convert_official(read_checkpoint(source, sha256), network)
-    state = lay_out_state(state) if laid_out else state
+    if laid_out:
+        if not any(".convs.vertical." in name for name in state):
+            raise ValueError(f"laid_out cuts the strips of a decomposed SLaK, and {model} has none. Leave it out.")
+        state = lay_out_state(state)
     told = {"source": source.name, "source_sha256": file_sha256(source), "model": model, "map_version": str(MAP_VERSION),
             "arguments": repr(dict(arguments or {}) | ({"laid_out": True} if laid_out else {}))}
     write_atomic(out, to_safetensors({name: tensor.contiguous() for name, tensor in state.items()}, told))

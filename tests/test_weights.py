@@ -137,6 +137,20 @@ def test_a_file_cut_short_is_told(published, tmp_path, name):
         read_checkpoint(path)
 
 
+def test_an_empty_file_is_told(tmp_path):
+    path = tmp_path / "empty.pth"
+    path.touch()
+    with pytest.raises(ValueError, match="damaged or cut short"):
+        read_checkpoint(path)
+
+
+def test_only_strips_can_be_laid_out(sw, tmp_path):
+    torch.save({"model": sw}, tmp_path / "sw.pth")
+    with pytest.raises(ValueError, match="sw_tiny has none"):
+        convert(tmp_path / "sw.pth", "sw_tiny", tmp_path / "out.safetensors", MINI, laid_out=True)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
 def test_a_missing_file_and_a_wrong_hash_say_what_to_do(published, tmp_path):
     with pytest.raises(FileNotFoundError, match="put the downloaded file there"):
         read_checkpoint(tmp_path / "none.pth")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -93,8 +94,9 @@ def build_cost_table(
         "count them. Equal: at the digits that are printed. Rows that are not ours are cited. Accuracy needs ImageNet.", "",
         f"What was counted: `params/costs.yaml`. Remake: `{command}`.", ""])
     write_atomic(out, text.encode())
-    lines = [wide, *plain]
-    write_atomic(out.with_suffix(".csv"), "".join(",".join(_quoted(word) for word in line) + "\n" for line in lines).encode())
+    sheet = io.StringIO()
+    csv.writer(sheet, lineterminator="\n").writerows([wide, *plain])
+    write_atomic(out.with_suffix(".csv"), sheet.getvalue().encode())
 
 
 def compare(
@@ -212,11 +214,6 @@ def _claims(path: Path) -> tuple[list[str], list[dict[str, str]]]:
         reader = csv.DictReader(file)
         rows = list(reader)
     return list(reader.fieldnames or []), rows
-
-
-def _quoted(word: Any) -> str:
-    text = str(word)
-    return f'"{text}"' if "," in text else text
 
 
 def _is_number(text: str) -> bool:

@@ -13,6 +13,7 @@ $(READY): requirements.lock setup.py $(wildcard csrc/*)
 		{ echo "make needs $(PYTHON) with its venv module; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; })
 	$(if $(VENV),$(PYTHON) -m venv $(VENV))
 	$(BIN)pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)pip install --quiet --disable-pip-version-check --no-deps nuscenes-devkit==1.2.0   # asks for numpy 1, runs with 2
 	$(BIN)python -m swconv build --out build/build.json
 	mkdir -p $(@D) && touch $@
 
@@ -29,6 +30,9 @@ test: setup
 
 bench: setup
 	$(BIN)python -m swconv bench operator --out reports/bench
+	$(BIN)python -m swconv bench data --out reports/bench
+	$(BIN)python -m swconv bench training --out reports/bench
+	$(BIN)python -m swconv bench downstream --out reports/bench
 
 # With VENV= it takes the active environment as it is: torch, torchvision, timm, numpy, safetensors, ninja and pytest are enough.
 gpu: $(if $(VENV),setup)
@@ -36,6 +40,8 @@ gpu: $(if $(VENV),setup)
 	$(BIN)python -m swconv build --out build/build.json
 	$(BIN)python -m pytest tests/ops tests/models
 	$(BIN)python -m swconv bench operator --device cuda --out reports/bench
+	$(BIN)python -m swconv bench throughput --device cuda --out reports/bench
+	$(BIN)python -m swconv bench downstream --device cuda --out reports/bench
 
 ui: setup
 	$(BIN)python -m swconv ui

@@ -19,27 +19,46 @@ def build(args: argparse.Namespace) -> None:
 
 
 def bench(args: argparse.Namespace) -> None:
-    from swconv.bench import operator
+    from importlib import import_module
 
-    {"operator": operator.run}[args.suite](args.out, args.device, args.quick)
+    more = {}
+    if args.suite == "training":
+        from swconv import params
+
+        known = params.load(PARAMS)
+        more["rows"] = {profile: known.resolve("sw24", profile) for profile in ("mini", "paper")}
+    import_module(f"swconv.bench.{args.suite}").run(args.out, args.device, args.quick, **more)
 
 
 def data(args: argparse.Namespace) -> None:
     from swconv import params
-    from swconv.training import manifest
+    from swconv.training import manifest, reduced
 
-    dataset = params.load(PARAMS).profile(args.profile).dataset
-    record = manifest.prepare(dataset.model_dump(exclude_none=True), args.out)
+    dataset = params.load(PARAMS).profile(args.profile).dataset.model_dump(exclude_none=True)
+    record = manifest.prepare(dataset, args.out)
+    if "cache_px" in dataset:
+        reduced.build(dataset, args.out)
     logging.info("%s: %d training and %d validation images", args.out, record["n_train"], record["n_val"])
 
 
-def train(args: argparse.Namespace) -> None:
-    from swconv import params
-    from swconv.training import loop
+def train(args: argparse.Namespace) -> int:
+    from swconv.training import stop
 
-    params.load(PARAMS).check_trainable(args.run)
-    record = _record(args, "swconv.training.loop")
-    loop.train(record["config"], args.data, args.out, CHECKPOINTS / record["key"], record, args.log_every)
+    with stop.requests() as asked:                                    # from here on a request to stop loses nothing
+        from swconv import params
+        from swconv.training import distributed, loop
+
+        known = params.load(PARAMS)
+        known.check_trainable(args.run)
+        known.check_init(args.run, args.init)
+        processes = known.profile(args.profile).machine.processes
+        if processes > 1 and not distributed.started():
+            return distributed.launch(args.argv, processes, asked)
+        if distributed.rank():
+            logging.getLogger().setLevel(logging.WARNING)
+        record = _record(args, "swconv.training.loop", init=args.init)
+        loop.train(record["config"], args.data, args.out, CHECKPOINTS / record["key"], record, args.log_every, args.init, asked)
+    return 0
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -47,6 +66,17 @@ def evaluate(args: argparse.Namespace) -> None:
 
     record = _record(args, "swconv.training.evaluation")
     evaluation.evaluate(record["config"], args.data, args.weights, args.out, record)
+
+
+def calibrate(args: argparse.Namespace) -> None:
+    from swconv import params
+    from swconv.training import calibration
+
+    known = params.load(PARAMS)
+    config = known.resolve(args.run, args.profile)
+    passes = config["recipe"]["calibration_passes"]
+    record = _record(args, "swconv.training.calibration", config, f"{known.identity(args.run, args.profile)}{passes}")
+    calibration.calibrate(config, args.data, args.weights, args.out, record)
 
 
 def lay_out(args: argparse.Namespace) -> None:
@@ -57,8 +87,49 @@ def lay_out(args: argparse.Namespace) -> None:
     source = known.run(args.run).same_weights
     if source is None:
         raise ValueError(f"run {args.run} has no same_weights in params/runs.yaml: it is trained, not laid out.")
-    conversion.convert_run(known.resolve(source, args.profile), known.resolve(args.run, args.profile), args.weights, args.out,
-                           args.seed)
+    conversion.convert_run(known.resolve(source, args.profile), known.resolve(args.run, args.profile), args.data, args.weights,
+                           args.out, args.seed)
+
+
+def fetch(args: argparse.Namespace) -> None:
+    from swconv import params, weights
+
+    row = params.load(PARAMS).published(args.name)
+    if row.url is None:
+        raise ValueError(f"weights {args.name} have no url in params/weights.yaml. Give one there, or get the file from "
+                         f"{row.source} and put it at {row.path}.")
+    logging.info("%s: sha256 %s", row.path, weights.fetch(row.url, Path(row.path), row.sha256))
+
+
+def convert_released(args: argparse.Namespace) -> None:
+    from swconv import params
+    from swconv.training import released
+
+    known = params.load(PARAMS)
+    known.check_weights(args.name)
+    released.convert_released(args.name, known.released(args.name, args.profile), args.out)
+
+
+def evaluate_released(args: argparse.Namespace) -> None:
+    from swconv import params
+    from swconv.training import released
+
+    known = params.load(PARAMS)
+    config, identity = known.released(args.name, args.profile), known.released_identity(args.name, args.profile)
+    args.run, args.seed = args.name, 0
+    record = _record(args, "swconv.training.released", config, identity)
+    released.evaluate_released(config, args.data, args.weights, args.out, record)
+
+
+def plan(args: argparse.Namespace) -> None:
+    import json
+
+    from swconv import params
+    from swconv.plan import plan as reckon
+    from swconv.plan import table
+
+    found = reckon(params.load(PARAMS), args.target, args.profile)
+    sys.stdout.write((json.dumps(found.plain(), indent=2) if args.json else table(found)) + "\n")
 
 
 def track(args: argparse.Namespace) -> None:
@@ -68,26 +139,51 @@ def track(args: argparse.Namespace) -> None:
     known = params.load(PARAMS)
     runs = [
         tracking.RunFiles(run, seed, _folder(args, "train", run, seed), _folder(args, "evaluate", run, seed))
-        for run in known.trained(known.report_rows(args.report), args.profile) for seed in args.seeds
+        for run in known.trained(known.report_rows(args.report), args.profile) if not known.runs[run].same_weights
+        for seed in args.seeds
     ]
     atomic.write_json(args.out, tracking.replay(args.report, runs, DATABASE))
 
 
 def report(args: argparse.Namespace) -> None:
     from swconv import params
-    from swconv.reporting.comparison import Control, Row
-    from swconv.reporting.table2 import build_table2
+    from swconv.reporting import costs, formulas
+    from swconv.reporting.comparison import Control
+    from swconv.reporting.report import Column, Plan, build_report
 
     known = params.load(PARAMS)
     known.profile(args.profile)
-    ids, plan = known.report_rows(args.report), known.reports[args.report]
-    rows = [Row(run=run, label=known.runs[run].label, model=known.runs[run].text,
-                same_as={profile: known.same_as(run, profile, ids) for profile in known.profiles}) for run in plan.rows]
-    controls = [Control(run=run, model=known.runs[run].text, of=known.base(run, plan.rows)) for run in plan.controls]
+    plan, counted = known.report(args.report), known.costs.get(args.report)
+    columns = tuple(
+        Column(text=column.text, reference=column.reference, claim=plan.claims and claim, axis=column.along and column.text,
+               logarithmic=column.log,
+               rows=tuple(_row(known, name, run, column.along, isinstance(plan.rows, dict)) for name, run in cells.items()))
+        for (claim, column), cells in zip(plan.columns.items(), plan.cells.values(), strict=True)
+    )
+    controls = tuple(Control(run=run, model=known.runs[run].text, of=known.base(run, plan.runs)) for run in plan.controls)
+    extra = [formulas.section(PAPER / plan.claims)] if "formulas" in plan.sections else []
+    if counted:
+        extra.append(costs.counts_section(counted.columns, Path("reports") / f"{args.report}_counts.csv"))
     proxy, imagenet = ("mini", "paper") if args.profile in ("mini", "paper") else (args.profile, None)
-    build_table2(rows, controls, _evidence(args, proxy, ids), args.out,
-                 command=f"snakemake --cores all {args.out / args.report}.md",
-                 imagenet=imagenet and _evidence(args, imagenet, ids))
+    build_report(
+        Plan(args.report, plan.title or counted.title, columns, controls, plan.claims and PAPER / plan.claims, plan.named_by,
+             plan.sections, plan.notes),
+        _evidence(args, proxy), args.out, command=f"snakemake --cores all {args.out / args.report}.md",
+        imagenet=imagenet and _evidence(args, imagenet), extra=extra,
+    )
+
+
+def _row(known, name: str, run: str | None, along: str | None, named: bool):
+    """A row of a report: under the paper's name, or under its run's label."""
+    from swconv.reporting.comparison import Row
+
+    if run is None:
+        return Row(None, name, "")
+    place = known.resolve(run, "paper") if along else None
+    for key in along.split(".") if along else ():
+        place = place[key]
+    return Row(run, name if named else known.runs[run].label, known.runs[run].text,
+               {profile: known.same_as(run, profile) for profile in known.profiles}, place)
 
 
 def cost(args: argparse.Namespace) -> None:
@@ -99,31 +195,65 @@ def cost(args: argparse.Namespace) -> None:
     sys.stdout.write((json.dumps(counts, indent=2) if args.json else table(counts)) + "\n")
 
 
-def tables(args: argparse.Namespace) -> None:
-    from swconv import params
-    from swconv.analysis.cost import cost as count
-    from swconv.analysis.kernels import curves
-    from swconv.reporting.costs import build_cost_table, build_figure4, build_index
-    from swconv.reporting.formulas import build_table1
-    from swconv.reporting.recipes import build_table8
+def count(args: argparse.Namespace) -> None:
+    from dataclasses import asdict
 
-    known = params.load(PARAMS)
-    tables = known.costs
-    wanted = {key: each for table in tables.values() for key, each in table.counted.items()}
-    counts = {}
+    from swconv import atomic, params
+    from swconv.analysis.dense_tasks import counts
+    from swconv.analysis.kernels import curves
+
+    wanted, counted = params.load(PARAMS).counted, {}
     for key, each in wanted.items():
-        found = count(each.model, each.input, each.form, each.sparsity, each.counting, **each.args)
-        counts[key] = {"params": found.params, "macs": found.macs}
-    plain = {name: table.plain() for name, table in tables.items()}
+        counted[key] = counts(**each.model_dump(include=set(params.Counted.model_fields)))
+    atomic.write_json(args.out, {"counted": counted, "curves": [asdict(point) for point in curves()]})
+
+
+def tables(args: argparse.Namespace) -> None:
+    import json
+
+    from swconv import params
+    from swconv.reporting.accuracies import read_accuracies, read_scores, tiny_scores
+    from swconv.reporting.costs import build_cost_table, build_counts, build_figure4, build_index
+    from swconv.reporting.recipes import build_table8
+    from swconv.reporting.throughput import TABLES
+
+    known, found = params.load(PARAMS), json.loads(args.counts.read_text())
+    counts = found["counted"]
+    if missing := known.counted.keys() - counts:
+        raise ValueError(f"{args.counts} holds no count of {min(missing)}. Count again: python -m swconv count --out "
+                         f"{args.counts}")
+    plain = {name: table.plain() for name, table in known.costs.items()}
+    accuracies = read_accuracies({name: row.model_dump(mode="json") for name, row in known.weights.items()}, PAPER)
+    fine_tunes = _downstream()
+    shown = [name for name, row in fine_tunes.profiles.items() if known.profile(row.base).reports == "reports"]
+    for run in {row["run"]: None for table in plain.values() for row in table["rows"] if row["run"]}:
+        fine_tunes.run(run)                                               # or the sentence with the nearest one
+    for table in plain.values():
+        accuracies |= read_scores(table, PAPER)
     for name, table in plain.items():
-        build_cost_table(table, counts, PAPER, args.out / f"{name}.md", f"snakemake --cores all {args.out / name}.md")
-    build_figure4(curves(), args.out / "figures/slak")
-    build_table1(PAPER / "sw_table1.csv", args.out / "table1.md", f"snakemake --cores all {args.out}/table1.md")
+        if name in known.reports:                                         # its page is made from runs too
+            build_counts(table, counts, PAPER, args.out / f"{name}_counts.csv")
+            continue
+        command = f"snakemake --cores all {args.out / name}.md"
+        build_cost_table(table, counts, PAPER, args.out / f"{name}.md", command, accuracies,
+                         tiny_scores(table, shown))
+    build_figure4(found["curves"], args.out / "figures/slak")
     configs = {column: known.resolve(run, "paper") | {"id": run} for column, run in known.settings.items()}
     command = f"snakemake --cores all {args.out}/table8.md"
     score = build_table8(configs, PAPER / "sw_table8.csv", args.out / "table8.md", command)
-    build_index(plain, counts, {"sw_table8.csv": ("table8", "SW Table 8: training settings", score)}, PAPER,
-                args.out / "index.md")
+    pages = {plan.claims: (name, plan.title) for name, plan in known.reports.items() if plan.claims}
+    pages |= {table.claims: (name, table.title) for name, table in TABLES.items()}
+    others = {"sw_table8.csv": ("table8", "SW Table 8: training settings", score)}
+    build_index(plain, counts, others, pages, accuracies, PAPER, args.out / "index.md")
+
+
+def throughput(args: argparse.Namespace) -> None:
+    from swconv import params
+    from swconv.reporting import throughput as pages
+    from swconv.reporting.accuracies import read_accuracies
+
+    registry = {name: row.model_dump(mode="json") for name, row in params.load(PARAMS).weights.items()}
+    pages.build(args.records, read_accuracies(registry, PAPER), PAPER, args.out, "snakemake --cores all {}")
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -131,6 +261,68 @@ def convert(args: argparse.Namespace) -> None:
 
     told = weights.convert(args.source, args.model, args.out, _model_arguments(args.set), args.laid_out, args.sha256)
     logging.info("wrote %s: %s", args.out, ", ".join(f"{key} {value}" for key, value in told.items()))
+
+
+def tinydata(args: argparse.Namespace) -> None:
+    from swconv.downstream import tinydata as tiny
+
+    tiny.write(args.out)
+
+
+def downstream_data(args: argparse.Namespace) -> None:
+    from swconv.downstream import sources
+
+    known = _downstream()
+    known.check_data(args.task, args.profile)
+    sources.prepare(args.task, known.of_task(args.task, args.profile), args.out)
+
+
+def finetune(args: argparse.Namespace) -> int:
+    from swconv.training import stop
+
+    with stop.requests() as asked:
+        known = _downstream()
+        processes = known.resolve(args.row, args.profile)["machine"]["processes"]
+        known.check_init(args.row, args.profile, args.init)
+        from swconv.downstream import finetuning
+        from swconv.training import distributed
+
+        if processes > 1 and not distributed.started():
+            return distributed.launch(args.argv, processes, asked)
+        if distributed.rank():
+            logging.getLogger().setLevel(logging.WARNING)
+        record = _downstream_record(args, "swconv.downstream.finetuning", args.init)
+        finetuning.fine_tune(record["config"], args.data, args.out, CHECKPOINTS / record["key"], record, args.log_every,
+                             args.init, asked)
+    return 0
+
+
+def assess(args: argparse.Namespace) -> None:
+    from swconv.downstream import evaluation
+
+    record = _downstream_record(args, "swconv.downstream.evaluation", args.weights)
+    evaluation.evaluate(record["config"], args.data, args.weights, args.out, record)
+
+
+def pictures(args: argparse.Namespace) -> None:
+    from swconv.downstream import evaluation
+
+    evaluation.draw_pictures(_downstream().resolve(args.row, args.profile), args.data, args.weights, args.out)
+
+
+def downstream_table(args: argparse.Namespace) -> None:
+    from swconv.reporting import downstream_examples
+
+    known = _downstream()
+    rows = [(task, run, known.profile(args.profile).targets.get(task, {})) for task, run in known.examples.items()]
+    downstream_examples.build(Path("artifacts") / args.profile, rows, args.seed, args.out)
+
+
+def export(args: argparse.Namespace) -> None:
+    from swconv.downstream import export as exporting
+
+    exporting.export(_downstream().resolve(args.row, args.profile), args.weights, args.out)
+    logging.info("wrote %s", args.out)
 
 
 def ui(args: argparse.Namespace) -> None:
@@ -152,12 +344,15 @@ def _model_arguments(pairs: list[str]) -> dict:
     return {name: yaml.safe_load(value) for name, value in (pair.split("=", 1) for pair in pairs)}
 
 
-def _evidence(args: argparse.Namespace, profile: str, runs: list[str]):
+def _evidence(args: argparse.Namespace, profile: str):
     """The seeds asked for; of the profile that was not asked for those on disk, so that its columns stay as they are."""
+    from swconv import params
     from swconv.reporting.runs import Evidence
 
-    asked = Evidence(profile, tuple(args.seeds))
-    found = asked if profile == args.profile else Evidence.on_disk(profile, runs)
+    known, asked = params.load(PARAMS), Evidence(profile, tuple(args.seeds))
+    if profile == args.profile:
+        return asked
+    found = Evidence.on_disk(profile, known.trained(known.report_rows(args.report), profile))
     return found if found.seeds else asked
 
 
@@ -165,48 +360,98 @@ def _folder(args: argparse.Namespace, stage: str, run: str, seed: int) -> Path:
     return Path("artifacts") / args.profile / stage / run / f"seed{seed}"
 
 
-def _record(args: argparse.Namespace, module: str) -> dict:
+def _record(args: argparse.Namespace, module: str, config: dict | None = None, identity: str | None = None,
+            init: Path | None = None) -> dict:
     """Circumstances of a run, under its key."""
     from swconv import fingerprint, params
-    from swconv.training import loop, manifest, record
+    from swconv.training import finished, loop, manifest, record
 
-    known = params.load(PARAMS)
-    config, identity = known.resolve(args.run, args.profile), known.identity(args.run, args.profile)
+    if config is None:
+        known = params.load(PARAMS)
+        config, identity = known.resolve(args.run, args.profile), known.identity(args.run, args.profile)
     code = fingerprint.fingerprint(module, csrc=True)
-    if args.planned not in (None, params.key(identity, "", code, args.seed)):
+    if getattr(args, "planned", None) not in (None, params.key(identity, "", code, args.seed)):
         raise ValueError("csrc/, params/ or swconv/ changed since this run was planned; repeat the command.")
     loop.prepare_machine(config["machine"])                           # the record tells the flags that hold
     data_sha256 = manifest.read(args.data)["manifest_sha256"]
-    return record.circumstances(key=params.key(identity, data_sha256, code, args.seed), run=args.run, profile=args.profile,
-                                seed=args.seed, code=code, config=config, data_sha256=data_sha256)
+    key = params.key(identity, data_sha256, code, args.seed, init and finished.published_sha256(init))
+    return record.circumstances(key=key, run=args.run, profile=args.profile, seed=args.seed, code=code, config=config,
+                                data_sha256=data_sha256)
+
+
+def _downstream():
+    from swconv import downstream_params, params
+
+    return downstream_params.load(PARAMS, params.load(PARAMS))
+
+
+def _downstream_record(args: argparse.Namespace, module: str, weights: Path | None) -> dict:
+    """Circumstances of a fine-tune or of its evaluation, under a key that holds the digest of the weights it starts from."""
+    from swconv import fingerprint, params
+    from swconv.training import finished, loop, manifest, record
+
+    known = _downstream()
+    config, identity = known.resolve(args.row, args.profile), known.identity(args.row, args.profile)
+    code = fingerprint.fingerprint(module, csrc=True)
+    if args.planned not in (None, params.key(identity, "", code, args.seed)):
+        raise ValueError("csrc/, params/ or swconv/ changed since this run was planned; repeat the command.")
+    loop.prepare_machine(config["machine"])
+    data_sha256 = manifest.read(args.data)["manifest_sha256"]
+    digest = weights and finished.published_sha256(weights)
+    key = params.key(identity, data_sha256, code, args.seed, digest)
+    return record.circumstances(key=key, run=args.row, profile=args.profile, seed=args.seed, code=code, config=config,
+                                data_sha256=data_sha256) | {"init_sha256": digest}
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m swconv", description="ShiftwiseConv and SLaK, stage by stage.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    def verb(function, summary: str, *arguments: str) -> None:
+    def verb(function, summary: str, *arguments: str, **defaults: str) -> None:
         sub = verbs.add_parser(function.__name__.replace("_", "-"), help=summary, description=summary)
         sub.set_defaults(function=function)
         for name in arguments:
             sub.add_argument(name, **_ARGUMENTS[name])
+        for name, default in defaults.items():
+            help = f"{_ARGUMENTS[f'--{name}']['help']} ({default} by default)"
+            sub.add_argument(f"--{name}", default=default, help=help)
 
     verb(build, "compile csrc/ and record how", "--out")
-    verb(bench, "time the operator against its rivals and write a report", "suite", "--device", "--quick", "--out")
+    verb(bench, "time the operator, whole networks, loading of images or training", "suite", "--device", "--quick", "--out")
     verb(data, "make or check a profile's images and write their manifest", "--profile", "--out")
-    verb(train, "train one run; a killed training resumes", "run", "--profile", "--seed", "--data", "--out", "--planned",
-         "--log-every")
+    verb(train, "train one run; a killed training resumes", "run", "--profile", "--seed", "--data", "--init", "--out",
+         "--planned", "--log-every")
     verb(evaluate, "measure trained weights, in training form and merged", "run", "--profile", "--seed", "--data",
          "--weights", "--out", "--planned")
+    verb(calibrate, "compute a trained run's BatchNorm statistics anew over the training images", "run", "--profile", "--seed",
+         "--data", "--weights", "--out")
     verb(lay_out, "cut a trained SLaK's strips into squares for a row with same_weights", "run", "--profile", "--seed",
-         "--weights", "--out")
+         "--data", "--weights", "--out")
+    verb(fetch, "download a published checkpoint whose url params/weights.yaml gives", "name")
+    verb(convert_released, "take in a published checkpoint of params/weights.yaml", "name", "--profile", "--out")
+    verb(evaluate_released, "measure published weights, merged and laid out too", "name", "--profile", "--data", "--weights",
+         "--out", "--planned")
+    verb(plan, "reckon steps, memory, disk and GPU-hours of a run or a report before anything starts", "target", "--json",
+         profile="paper")
     verb(track, "replay the runs of a report into MLflow", "report", "--profile", "--seeds", "--out")
     verb(report, "write a table with its figure and provenance", "report", "--profile", "--seeds", "--out")
     verb(cost, "count a model's parameters and multiply-adds", "model", "--input", "--sparsity", "--counting", "--set",
          "--json")
-    verb(tables, "write the tables that need no training: parameters, FLOPs and settings", "--out")
+    verb(count, "count the parameters and FLOPs of all models in params/costs.yaml", "--out")
+    verb(tables, "write the tables that need no training: parameters, FLOPs and settings", "--counts", "--out")
+    verb(throughput, "write the papers' throughput tables from records of the benchmark", "records", "--out")
     verb(convert, "write a published checkpoint as safetensors under our names", "source", "--model", "--laid-out", "--sha256",
          "--set", "--out")
+    verb(tinydata, "write tiny ADE20K, COCO, PASCAL VOC and nuScenes sets in the formats of the real ones", "--out")
+    verb(downstream_data, "write a task's tiny images or check the user's, and list them", "task", "--profile", "--out")
+    verb(finetune, "fine-tune one row of params/downstream.yaml; a killed training resumes", "row", "--profile", "--seed",
+         "--data", "--init", "--out", "--planned", "--log-every")
+    verb(assess, "measure a fine-tune by its benchmark, and write its detections", "row", "--profile", "--seed", "--data",
+         "--weights", "--out", "--planned")
+    verb(pictures, "draw what a fine-tune finds in some validation images", "row", "--profile", "--data", "--weights", "--out")
+    verb(downstream_table, "write a table of the examples in params/downstream.yaml", "--profile", "--seed", "--out")
+    verb(export, "write a fine-tune's backbone under the names of MMDetection and MMSegmentation", "row", "--profile",
+         "--weights", "--out")
     verb(ui, "open the MLflow pages")
     return parser
 
@@ -219,18 +464,25 @@ def _seed(text: str) -> int:
 
 _ARGUMENTS = {
     "run": {"help": "id of a row of params/runs.yaml, e.g. sw11"},
+    "row": {"help": "id of a row of params/downstream.yaml, e.g. ade_160k_sw_tiny"},
+    "task": {"choices": ["ade20k", "coco", "voc", "nuscenes"], "help": "what is fine-tuned for"},
+    "name": {"help": "a row of params/weights.yaml, e.g. sw_tiny_300"},
     "report": {"help": "id of a report of params/runs.yaml, e.g. table2"},
+    "records": {"type": Path, "nargs": "+", "help": "reports/bench/throughput-<device>.json"},
     "model": {"help": "timm's name of a model, e.g. sw_tiny"},
+    "target": {"help": "id or alias of a run, id of a report, or all"},
     "source": {"type": Path, "help": "checkpoint of the released code (.pth, .safetensors)"},
     "--model": {"required": True, "help": "timm's name of our model, e.g. slak_tiny"},
     "--set": {"nargs": "*", "default": [], "metavar": "NAME=VALUE", "help": "arguments of the model, e.g. width_factor=1.5"},
     "--input": {"type": int, "default": 224, "help": "side of the image, in pixels"},
     "--sparsity": {"type": float, "default": 0.0, "help": "share of every weight matrix and kernel that is masked"},
-    "--counting": {"choices": ["papers", "thop"], "default": "papers", "help": "thop adds four per element of a BatchNorm"},
+    "--counting": {"choices": ["papers", "thop", "unseen"], "default": "papers",
+                   "help": "thop adds four per element of a BatchNorm; unseen: large kernels are full and free"},
     "--json": {"action": "store_true"},
+    "--counts": {"required": True, "type": Path, "help": "what `count` wrote"},
     "--laid-out": {"action": "store_true", "help": "cut SLaK's strips into squares, for the model with laid_out=True"},
     "--sha256": {"help": "of the source; another one is refused"},
-    "suite": {"choices": ["operator"], "help": "what to measure"},
+    "suite": {"choices": ["data", "downstream", "operator", "throughput", "training"], "help": "what to measure"},
     "--device": {"choices": ["cpu", "cuda"], "default": "cpu"},
     "--quick": {"action": "store_true", "help": "tiny maps, a few rounds: only to see that it runs"},
     "--profile": {"required": True, "help": "scale: a file of params/profiles/"},
@@ -238,6 +490,7 @@ _ARGUMENTS = {
     "--seeds": {"required": True, "type": _seed, "nargs": "+"},
     "--data": {"required": True, "type": Path, "help": "folder with data.json"},
     "--weights": {"required": True, "type": Path},
+    "--init": {"type": Path, "help": "weights to start from, for a run with init_from"},
     "--out": {"required": True, "type": Path, "help": "where the results go"},
     "--planned": {"metavar": "KEY", "help": "from Snakemake: refuse where params or code are not those it planned with"},
     "--log-every": {"type": int, "default": os.environ.get("SWCONV_LOG_EVERY", "0"), "metavar": "STEPS",
@@ -246,15 +499,16 @@ _ARGUMENTS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a verb. Expected faults end in one sentence on stderr and exit code 1."""
+    """Run a verb. Expected faults end in one sentence on stderr and exit code 1, a training that was asked to stop in 85."""
+    argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
+    args.argv = argv
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        args.function(args)
+        return args.function(args) or 0
     except (OSError, ValueError, RuntimeError) as error:
         sys.stderr.write(f"swconv {args.verb}: {_sentence(error)}\n")
-        return 1
-    return 0
+        return getattr(error, "exit_code", 1)
 
 
 def _sentence(error: Exception) -> str:

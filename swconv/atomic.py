@@ -1,10 +1,17 @@
 """Files that are whole or not there."""
 
+import hashlib
 import json
 import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path, content: Any) -> None:

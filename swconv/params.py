@@ -21,8 +21,10 @@ from swconv.atomic import write_atomic
 Map = Literal["paper", "mini"]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
-# Where data lies and how fast it is read do not change a result: left out of a run's identity.
-_CIRCUMSTANCES = ("root", "workers", "cache")
+# Where data lies, how fast they are read, how the work is shared out, and what is done with the result afterwards do not
+# change it: left out of a run's identity. The number of processes where BatchNorm sees what all of them have.
+_CIRCUMSTANCES = {"dataset": ("root", "workers", "cache"), "machine": ("checkpoint_minutes", "processes"),
+                  "recipe": ("calibration_passes",)}
 
 
 class ParamsError(ValueError):
@@ -43,6 +45,7 @@ def _even(value: int) -> int:
 
 Odd = Annotated[Count, AfterValidator(_odd)]
 Even = Annotated[Count, AfterValidator(_even)]
+Small = Annotated[Odd, Field(ge=3)]
 # timm's words for RandAugment: magnitude, its spread and cap, whether severity increases, number of operations, odds.
 RandAugment = Annotated[str, Field(pattern=r"^rand(-(m\d+|n\d+|w\d+|p[\d.]+|t\d|mstd[\d.]+|mmax\d+|inc[01]))*$")]
 
@@ -53,14 +56,13 @@ class _Row(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class NetworkArgs(_Row):
-    """Arguments that all our networks take. Kernel sizes and dims in pixels and channels, one entry per stage."""
+class SkeletonArgs(_Row):
+    """Arguments that all networks take. Kernel sizes and dims in pixels and channels, one entry per stage."""
 
     depths: tuple[Count, ...]
     dims: tuple[Count, ...]
     width_factor: Annotated[float, Field(gt=0)]
     kernel_sizes: tuple[Odd | Annotated[tuple[Odd, ...], Field(min_length=1)], ...]
-    small_kernel: Annotated[Odd, Field(ge=3)]
     layer_scale_init: float
 
     @model_validator(mode="after")
@@ -71,6 +73,12 @@ class NetworkArgs(_Row):
         return self
 
 
+class NetworkArgs(SkeletonArgs):
+    """A network with a large and a small kernel."""
+
+    small_kernel: Small
+
+
 class ShiftwiseArgs(NetworkArgs):
     """`swconv.models.sw.shiftwise_net`."""
 
@@ -79,7 +87,7 @@ class ShiftwiseArgs(NetworkArgs):
     ghost_ratio: Annotated[float, Field(ge=0, lt=1)]
     use_se: bool
     padding: Literal["full", "half"]
-    norm: Literal["branch", "filter"] | None
+    norm: Literal["branch", "filter"]
     skip: bool
     order: Literal["shuffled", "reversed", "shuffle_v"]
     depthwise_norm_skip: bool
@@ -99,8 +107,33 @@ class SlakArgs(NetworkArgs):
     laid_out: bool
 
 
-ARGS: dict[str, type[NetworkArgs]] = {"slak_tiny": SlakArgs, "sw_slak_tiny": ShiftwiseArgs, "sw_tiny": ShiftwiseArgs,
-                                     "sw_small": ShiftwiseArgs}
+class EnlargedArgs(SkeletonArgs):
+    """`swconv.models.slak.lk_convnext_net`. Stacked, kernel_sizes are numbers of 3 x 3 convolutions, of any parity."""
+
+    kernel_sizes: tuple[Count, ...]
+    small_kernel: Small | None
+    bn: bool
+    arrangement: Literal["single", "parallel", "sequential", "stacked", "dilated"]
+
+    @model_validator(mode="after")
+    def _parity(self) -> Self:
+        if self.arrangement != "stacked" and (even := [size for size in self.kernel_sizes if size % 2 == 0]):
+            raise ValueError(f"arrangement {self.arrangement} needs odd kernel_sizes, got {even[0]}; stacked takes any number")
+        return self
+
+
+class UniRepArgs(SkeletonArgs):
+    """`swconv.models.unireplknet.unireplknet_net`."""
+
+    use_se: bool
+
+
+ARGS: dict[str, type[SkeletonArgs]] = {
+    "sw_slak_tiny": ShiftwiseArgs, "sw_tiny": ShiftwiseArgs, "sw_small": ShiftwiseArgs,
+    "slak_tiny": SlakArgs, "slak_small": SlakArgs, "slak_base": SlakArgs,
+    "lk_convnext_tiny": EnlargedArgs, "lk_convnext_small": EnlargedArgs,
+    "unireplknet_tiny": UniRepArgs, "unireplknet_small": UniRepArgs,
+}
 
 
 class Sparsity(_Row):
@@ -109,12 +142,22 @@ class Sparsity(_Row):
     level: Annotated[float, Field(gt=0, lt=1)]
     granularity: Literal["filter", "element"]
     others: Literal["none", "pointwise", "body", "all"]
+    density: Literal["snip", "erk", "uniform", "nonzero"]
     scores: Literal["sum", "concat"]
+    prune: Literal["magnitude", "magnitude_sum"]
     update_every: Count
     prune_rate: Annotated[float, Field(ge=0, lt=1)]
     share_every: Count
     subset: bool
     growth: Literal["bernoulli", "exact"]
+
+    @model_validator(mode="after")
+    def _sums(self) -> Self:
+        if self.prune == "magnitude" and (self.granularity == "filter" or self.share_every != 1 or self.subset):
+            raise ValueError("prune: magnitude sums over no filter and no branch, and needs granularity: element, "
+                             f"share_every: 1 and subset: false, got {self.granularity}, {self.share_every} and "
+                             f"{str(self.subset).lower()}; set prune: magnitude_sum")
+        return self
 
 
 class Recipe(_Row):
@@ -128,6 +171,7 @@ class Recipe(_Row):
     weight_decay: Annotated[float, Field(ge=0)]
     betas: tuple[float, float]
     eps: float
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None
     drop_path_rate: Share
     ema_decay: Share | None
     label_smoothing: Share
@@ -139,6 +183,9 @@ class Recipe(_Row):
     random_resized_crop: bool
     hflip: Share
     evaluate_every: Count
+    max_loss: Annotated[float, Field(gt=0)]
+    bad_steps: Count
+    calibration_passes: Count
     sparsity: Sparsity | None
 
     @model_validator(mode="after")
@@ -151,7 +198,11 @@ class Recipe(_Row):
 
 
 class Dataset(_Row):
-    """What a profile trains on. `root` is a folder of the user; sizes are given where we make the data ourselves."""
+    """What a profile trains on. `root` is a folder of the user; sizes are given where we make the data ourselves.
+
+    `cache` keeps what a transform without chance makes in memory. `cache_px` is another thing: the data rule decodes every
+    image once, its short side reduced to so many px, and training starts from these pixels, so it belongs to the identity.
+    """
 
     name: str
     root: str | None = None
@@ -163,8 +214,11 @@ class Dataset(_Row):
     mean: tuple[float, ...]
     std: tuple[Annotated[float, Field(gt=0)], ...]
     crop_pct: Annotated[float, Field(gt=0)]
+    crop_mode: Literal["center", "squash"] = "center"
     interpolation: Literal["bicubic", "bilinear"]
     cache: bool
+    cache_px: Count | None = None
+    bad_files: Literal["stop", "skip"]
     workers: Annotated[int, Field(ge=0)]
 
     @model_validator(mode="after")
@@ -180,16 +234,23 @@ class Dataset(_Row):
 
 
 class Machine(_Row):
-    """What bitwise equality depends on: part of a run's identity.
+    """What bitwise equality depends on: part of a run's identity but for `checkpoint_minutes` and `processes`.
 
-    BatchNorm and Mixup see `micro_batch` images at a time; Mixup pairs them, so their number is even.
+    A batch passes through the network in parts of `micro_batch` images, null for all at once. The processes (one per GPU)
+    share every part: with `sync_bn` BatchNorm sees all of it, whatever their number, and this is no part of the identity.
+    `threads` are per process. Mixup pairs the images of a part, so their number is even.
     """
 
     device: Literal["cpu", "cuda"]
     threads: Count
+    processes: Count
     memory_format: Literal["contiguous", "channels_last"]
-    amp: Literal["bfloat16"] | None
+    amp: Literal["bfloat16", "float16"] | None
+    tf32: bool
+    compile: bool
+    sync_bn: bool
     micro_batch: Even | None
+    checkpoint_minutes: Annotated[float, Field(gt=0)]
 
 
 class Profile(_Row):
@@ -202,6 +263,11 @@ class Profile(_Row):
     machine: Machine
     models: dict[str, dict[str, Any]]
     recipes: dict[str, dict[str, Any]]
+
+    @property
+    def gpus(self) -> int:
+        """That a training takes."""
+        return self.machine.processes * self.uses_gpu
 
     @property
     def uses_gpu(self) -> bool:
@@ -217,50 +283,117 @@ class _Uses(_Row):
     recipe: str | None = None
 
 
+class _Sight(_Row):
+    """What a row may change in its dataset: how large its images come in."""
+
+    image_size: Count | None = None
+    crop_pct: Annotated[float, Field(gt=0)] | None = None
+    crop_mode: Literal["center", "squash"] | None = None
+
+
 class _Changes(_Row):
     model: dict[str, Any] = {}
     recipe: dict[str, Any] = {}
+    dataset: _Sight = _Sight()
 
 
-class Run(_Row):
-    """One row of runs.yaml."""
+class Run(_Changes):
+    """One row of runs.yaml.
+
+    `certainty` says where its values come from: "published", all of them from a paper or a released command; "inferred", some
+    from prose or from a neighbour's command; "unknown", one that matters is not stated, or sources disagree, and `note` says
+    what is taken; "ours", no row of a paper. `aliases` are names under which the row is known elsewhere.
+    """
 
     label: str
     text: str
     source: str
+    certainty: Literal["published", "inferred", "unknown", "ours"] = "ours"
     note: str | None = None
+    aliases: tuple[str, ...] = ()
     parent: str | None = Field(None, alias="from")
     uses: _Uses = _Uses()
     same_weights: str | None = None
-    model: dict[str, Any] = {}
-    recipe: dict[str, Any] = {}
+    init_from: str | None = None
     paper: _Changes = _Changes()
     mini: _Changes = _Changes()
 
 
-class Report(_Row):
-    """Rows of a report, in the paper's order, and control rows below them."""
+class ReportColumn(_Row):
+    """Accuracies below one heading of a paper; `along` is the setting of a resolved row that places it in a figure."""
 
-    rows: tuple[str, ...]
+    text: str
+    reference: str
+    along: str | None = None
+    log: bool = False
+
+
+class Report(_Row):
+    """A page: a paper's table or figure, in its order, and control rows below it. Names in runs.yaml."""
+
+    title: str | None = None  # that of costs.yaml where it counts the table
+    claims: str | None = None
+    named_by: tuple[str, ...] = ("id",)
+    columns: dict[str, ReportColumn] = Field(min_length=1)
+    rows: tuple[str, ...] | dict[str, tuple[str | None, ...]]
     controls: tuple[str, ...] = ()
+    sections: tuple[Literal["distance", "filters", "curves", "formulas"], ...] = ()
+    seeds: Count | None = None
+    notes: str = ""
 
     @model_validator(mode="after")
-    def _distinct(self) -> Self:
-        rows = [*self.rows, *self.controls]
-        if twice := [run for run in dict.fromkeys(rows) if rows.count(run) > 1]:
-            raise ValueError(f"a run stands once in a report, got {', '.join(twice)} more than once")
+    def _fits(self) -> Self:
+        if isinstance(self.rows, dict):
+            for name, runs in self.rows.items():
+                if len(runs) != len(self.columns):
+                    raise ValueError(f"row {name} needs one run, or null, per column ({len(self.columns)}), got {len(runs)}")
+            for column in self.columns.values():
+                if column.reference not in self.rows:
+                    raise ValueError(_unknown("row", column.reference, self.rows))
+        elif len(self.columns) > 1:
+            raise ValueError(f"a list of runs fills one column, got {len(self.columns)}; give each row's name and its runs")
+        for rows in self.cells.values():
+            runs = [*(filter(None, rows.values()) if isinstance(self.rows, dict) else self.rows), *self.controls]
+            if twice := [run for run in dict.fromkeys(runs) if runs.count(run) > 1]:
+                raise ValueError(f"a run stands once in a report, got {', '.join(twice)} more than once")
         return self
+
+    @property
+    def cells(self) -> dict[str, dict[str, str | None]]:
+        """Column -> name of the row -> run; a row that names a run in no column or in this one. Lists: the run is its name."""
+        if not isinstance(self.rows, dict):
+            return {next(iter(self.columns)): {run: run for run in self.rows}}
+        return {column: {name: runs[k] for name, runs in self.rows.items() if runs[k] or not any(runs)}
+                for k, column in enumerate(self.columns)}
+
+    @property
+    def runs(self) -> tuple[str, ...]:
+        """Of all columns, each once."""
+        return tuple(dict.fromkeys(run for cells in self.cells.values() for run in cells.values() if run))
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """Ends of the names of what is drawn, below figures/."""
+        if "curves" in self.sections or all(column.along for column in self.columns.values()):
+            return ("_left.svg", "_right.svg", ".csv")
+        return ("_distance.svg",) if "distance" in self.sections else ()
 
 
 class Counted(_Row):
-    """A model whose parameters and multiply-adds are counted: arguments of `swconv.analysis.cost.cost`."""
+    """A model whose parameters and multiply-adds are counted: arguments of `swconv.analysis.cost.cost`.
+
+    With a `task` it is the backbone of such a network, of which `without` names the parts that are left out, see
+    `swconv.analysis.dense_tasks.count`. `input` in px: the side of a square, or height and width.
+    """
 
     model: str
     args: dict[str, Any] = {}
+    task: Literal["upernet", "cascade", "faster"] | None = None
+    without: tuple[str, ...] = ()
     form: Literal["training", "merged", "plus"] = "training"
-    input: Count = 224
+    input: Count | tuple[Count, Count] = 224
     sparsity: Share = 0.0
-    counting: Literal["papers", "thop"] = "papers"
+    counting: Literal["papers", "thop", "unseen"] = "papers"
 
     @property
     def key(self) -> str:
@@ -272,39 +405,99 @@ class Counted(_Row):
 
 
 class Explained(_Row):
-    """Why the paper prints another number, and what has that number."""
+    """Why the paper prints another number, and what has that number; or comes nearer to it, and `rest` says the rest."""
 
     why: str
     counts: Counted | None = None
+    rest: str | None = None
 
 
 class CostRow(Counted):
-    """One row of a paper's table: `of` names it there."""
+    """One row of a paper's table: `of` names it there, `run` its fine-tune in downstream.yaml."""
 
+    model: str | None = None  # where nothing is counted
     of: dict[str, str]
     explained: dict[str, Explained] = {}
+    run: str | None = None
 
 
 class CostTable(_Row):
-    """Columns of a paper's table that need no training, and what of ours its rows are."""
+    """Columns of a paper's table that need no training, and what of ours its rows are; `scores`: column -> measure of `run`."""
 
     title: str
     claims: str
-    columns: dict[str, Literal["params", "macs"]]
+    columns: dict[str, Literal["params", "macs"]] = {}
+    scores: dict[str, str] = {}
     rows: tuple[CostRow, ...]
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        for row in self.rows:
+            if self.columns and row.model is None:
+                raise ValueError(f"the row of {row.of} needs a model, for something is counted here")
+            if row.run is not None and not self.scores:
+                raise ValueError(f"the row of {row.of} has a run, and the table no scores: say which columns hold its measures")
+        return self
 
     @property
     def counted(self) -> dict[str, Counted]:
         """All that has to be counted, by key."""
         reasons = [reason.counts for row in self.rows for reason in row.explained.values() if reason.counts]
-        return {each.key: each for row in self.rows for each in (row, row.dense, *reasons)}
+        dense = any(column.endswith("_dense") for column in self.columns)
+        rows = [each for row in self.rows if row.model for each in (row, *[row.dense] * dense)]
+        return {each.key: each for each in (*rows, *reasons)}
 
     def plain(self) -> dict[str, Any]:
         """As plain data with the keys of what is counted, for the report."""
-        rows = [{"of": row.of, "key": row.key, "dense_key": row.dense.key,
-                 "explained": {column: {"why": reason.why, "counts": reason.counts and {"key": reason.counts.key}}
-                               for column, reason in row.explained.items()}} for row in self.rows]
-        return {"title": self.title, "claims": self.claims, "columns": self.columns, "rows": rows}
+        def told(reason: Explained) -> dict[str, Any]:
+            return {"why": reason.why, "counts": reason.counts and {"key": reason.counts.key}, "rest": reason.rest}
+
+        rows = [{"of": row.of, "key": row.key, "dense_key": row.dense.key if row.model else None, "run": row.run,
+                 "explained": {column: told(reason) for column, reason in row.explained.items()}} for row in self.rows]
+        return {"title": self.title, "claims": self.claims, "columns": self.columns, "scores": self.scores, "rows": rows}
+
+
+class Fill(_Row):
+    """Where an accuracy stands in a paper: `of` names the row, or rows, in reports/paper/<table>.csv."""
+
+    table: str
+    of: dict[str, str]
+    column: str | None = None  # needed where the table has several accuracies
+    laid_out: bool = False     # with the strips laid out
+
+
+class Weights(_Row):
+    """A published checkpoint: what it is, where the user puts it, how its accuracy is measured."""
+
+    model: str
+    args: dict[str, Any] = {}
+    path: str                  # where the user puts the file, or where `url` is downloaded to
+    url: Annotated[str, Field(pattern=r"^(https?|ftp|file)://.+")] | None = None
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    part: Literal["model", "model_ema", "state_dict"] | None = None
+    source: str
+    input: Count = 224         # px
+    crop_pct: Annotated[float, Field(gt=0)] = 0.875
+    crop_mode: Literal["center", "squash"] = "center"
+    run: str | None = None     # the row of runs.yaml that trains such weights
+    fills: tuple[Fill, ...] = ()
+
+
+class Rate(_Row):
+    """Images per second of inference on one A100, and how sure that is."""
+
+    rate: Annotated[float, Field(gt=0)]
+    basis: Literal["measured", "scaled", "guessed"]
+
+
+class Planning(_Row):
+    """What `swconv.plan` reckons with, see params/plan.yaml."""
+
+    images: dict[str, Count]
+    uncertainty: Share
+    passes: Annotated[float, Field(gt=0)]
+    speed: dict[str, Annotated[float, Field(gt=0)]] = Field(min_length=1)
+    rates: dict[str, Rate]
 
 
 class Active(_Row):
@@ -338,26 +531,35 @@ class Params:
     Attributes
     ----------
     runs : dict of str to Run
+    aliases : dict of str to str
+        Another name of a run -> the run.
     reports : dict of str to Report
     settings : dict of str to str
         Column of SW Table 8 -> run.
     profiles : dict of str to Profile
     costs : dict of str to CostTable
+    weights : dict of str to Weights
+    planning : Planning
     active : Active
     """
 
     def __init__(self, folder: Path) -> None:
-        self._runs_file, self._resolved = _File(folder / "runs.yaml"), {}
+        self._runs_file, self._resolved, self._identities = _File(folder / "runs.yaml"), {}, {}
         self._models = _models(_File(folder / "models.yaml", "model"))
         self._recipes = _recipes(_File(folder / "recipes.yaml", "recipe"))
         self.profiles = _profiles(folder / "profiles", self._models, self._recipes)
         self._runs_file.check(_Rows)
         self.runs = {run: self._runs_file.check(Run, ("runs", run)) for run in self._runs_file.data["runs"]}
+        self.aliases = self._named_again()
         self.reports = {name: self._runs_file.check(Report, ("reports", name)) for name in self._runs_file.data["reports"]}
         self.settings = dict(self._runs_file.data.get("settings", {}))
         self._check_references()
         file = _File(folder / "costs.yaml")
         self.costs = {name: file.check(CostTable, (name,)) for name in file.data}
+        self._weights_file = _File(folder / "weights.yaml", "weights")
+        self.weights = {name: self._weights_file.check(Weights, (name,)) for name in self._weights_file.data}
+        self._check_weights()
+        self.planning = self._planning(_File(folder / "plan.yaml"))
         self.active = self._active(_File(folder / "active.yaml"))
         for profile in self.profiles:
             for run in self.runs:
@@ -365,6 +567,8 @@ class Params:
 
     def resolve(self, run: str, profile: str) -> dict[str, Any]:
         """A run's full configuration at a profile's scale: `model`, `recipe`, `dataset`, `machine`. JSON types only.
+
+        A run that starts from the weights of another one has that one's name as `init`.
 
         Raises
         ------
@@ -382,30 +586,66 @@ class Params:
         model, recipe = self._used(run, "model"), self._used(run, "recipe")
         args = _merge(self._models[model].args, scale.models.get(model, {}))
         training = _merge(self._recipes[recipe], scale.recipes.get(recipe, {}))
+        dataset = scale.dataset.model_dump(mode="json", exclude_none=True)
         for row in line:
-            changes = getattr(row, scale.map)
-            args = _merge(_merge(args, row.model), changes.model)
-            training = _merge(_merge(training, row.recipe), changes.recipe)
+            for changes in (row, getattr(row, scale.map)):
+                args, training = _merge(args, changes.model), _merge(training, changes.recipe)
+                dataset |= changes.dataset.model_dump(exclude_none=True)
         name, check = self._models[model].name, self._runs_file.check
+        checked_recipe = check(Recipe, ("runs", run, "recipe"), training)
+        self._check_shares(run, profile, checked_recipe)
         checked = {
             "model": {"name": name, "args": check(ARGS[name], ("runs", run, "model"), args).model_dump(mode="json")},
-            "recipe": check(Recipe, ("runs", run, "recipe"), training).model_dump(mode="json"),
-            "dataset": scale.dataset.model_dump(mode="json", exclude_none=True),
+            "recipe": checked_recipe.model_dump(mode="json"),
+            "dataset": dataset,
             "machine": scale.machine.model_dump(mode="json"),
-        }
+        } | ({"init": init} if (init := self._init(run)) else {})
         return json.dumps(checked, sort_keys=True)
+
+    def _check_shares(self, run: str, profile: str, recipe: Recipe) -> None:
+        """A batch falls into equal parts, and a part into equal shares of the processes."""
+        machine = self.profiles[profile].machine
+        part = machine.micro_batch or recipe.batch_size
+        pairs = 2 if recipe.mixup or recipe.cutmix else 1
+        if recipe.batch_size > part and recipe.batch_size % part or min(part, recipe.batch_size) % (machine.processes * pairs):
+            raise self._runs_file.fault(
+                ("runs", run), f"run {run} on profile {profile}: batch_size {recipe.batch_size} must fall into parts of "
+                               f"machine.micro_batch ({machine.micro_batch}) images, and each part into equal shares of "
+                               f"machine.processes ({machine.processes}){', in pairs for mixup' * (pairs - 1)}")
 
     def identity(self, run: str, profile: str) -> str:
         """The part of a resolved row that makes a result what it is, as JSON text: equal text, equal experiment."""
-        row = self.resolve(run, profile)
-        row["dataset"] = {key: value for key, value in row["dataset"].items() if key not in _CIRCUMSTANCES}
-        return json.dumps(row, sort_keys=True)
+        self.run(run)
+        self.profile(profile)
+        return self._identity(run, profile)
+
+    def _identity(self, run: str, profile: str) -> str:
+        if (run, profile) not in self._identities:
+            self._identities[run, profile] = _essence(self.resolve(run, profile))
+        return self._identities[run, profile]
+
+    @property
+    def counted(self) -> dict[str, Counted]:
+        """All that has to be counted for any table, by key."""
+        return {key: each for table in self.costs.values() for key, each in table.counted.items()}
 
     def run(self, name: str) -> Run:
-        """A run by name; ParamsError with the nearest name if it is unknown."""
+        """A run by its id; ParamsError with the id for an alias (nothing is trained under two names), else with the nearest."""
+        if name in self.aliases:
+            raise ParamsError(f"{self._runs_file.path}: run {name} is known here as {self.aliases[name]}; use that name.")
         if name not in self.runs:
-            raise ParamsError(f"{self._runs_file.path}: {_unknown('run', name, self.runs)}.")
+            raise ParamsError(f"{self._runs_file.path}: {_unknown('run', name, [*self.runs, *self.aliases])}.")
         return self.runs[name]
+
+    def canonical(self, name: str) -> str:
+        """A run's id, from its id or an alias; ParamsError with the nearest name if it is unknown."""
+        name = self.aliases.get(name, name)
+        self.run(name)
+        return name
+
+    def source(self, run: str) -> str | None:
+        """The run whose weights this one starts from, or is evaluated with: trained before it."""
+        return self.run(run).same_weights or self._init(run)
 
     def profile(self, name: str) -> Profile:
         """A profile by name; ParamsError with the nearest name if it is unknown."""
@@ -413,20 +653,56 @@ class Params:
             raise ParamsError(f"params/profiles: {_unknown('profile', name, self.profiles)}.")
         return self.profiles[name]
 
+    def published(self, name: str) -> Weights:
+        """Published weights by name; ParamsError with the nearest name if it is unknown."""
+        if name not in self.weights:
+            raise ParamsError(f"{self._weights_file.path}: {_unknown('weights', name, self.weights)}.")
+        return self.weights[name]
+
+    def released(self, name: str, profile: str) -> dict[str, Any]:
+        """Published weights as a profile takes them: `model`, `file`, `dataset` (with their size and crop), `machine`."""
+        row, scale = self.published(name), self.profile(profile)
+        return {
+            "model": {"name": row.model, "args": row.args},
+            "file": {"path": row.path, "sha256": row.sha256, "part": row.part, "source": row.source},
+            "dataset": scale.dataset.model_dump(mode="json", exclude_none=True)
+            | {"image_size": row.input, "crop_pct": row.crop_pct, "crop_mode": row.crop_mode},
+            "machine": scale.machine.model_dump(mode="json"),
+        }
+
+    def released_identity(self, name: str, profile: str) -> str:
+        """The part of it that makes an accuracy what it is, as JSON text; the weights themselves go by their digest."""
+        row = self.released(name, profile)
+        del row["file"]
+        return _essence(row)
+
+    def check_weights(self, name: str) -> None:
+        """Stop before any work when published weights are not there and nobody said from where to download them."""
+        row = self.published(name)
+        if not Path(row.path).is_file() and row.url is None:
+            raise self._weights_file.fault(
+                (name, "path"), f"weights {name} are needed at {row.path}, and there is no file. Get them from {row.source} "
+                                "and put them there, or give `url` in this row, then run the same command again")
+
     def report_rows(self, report: str) -> list[str]:
         """Run ids of a report: rows, then controls."""
-        if report not in self.reports:
-            raise ParamsError(f"{self._runs_file.path}: {_unknown('report', report, self.reports)}.")
-        return [*self.reports[report].rows, *self.reports[report].controls]
+        plan = self.report(report)
+        return [*plan.runs, *plan.controls]
 
-    def same_as(self, run: str, profile: str, among: Iterable[str]) -> str | None:
-        """The first run of `among` before `run` whose resolved configuration is equal at this scale, or None."""
-        for other in among:
-            if other == run:
-                return None
-            if self.identity(other, profile) == self.identity(run, profile):
-                return other
-        return None
+    def report(self, name: str) -> Report:
+        """A report by name; ParamsError with the nearest name if it is unknown."""
+        if name not in self.reports:
+            raise ParamsError(f"{self._runs_file.path}: {_unknown('report', name, self.reports)}.")
+        return self.reports[name]
+
+    def same_as(self, run: str, profile: str) -> str | None:
+        """The first row of runs.yaml that is equal at this scale, and trained in `run`'s stead; None if that is `run`."""
+        if self.run(run).same_weights:
+            return None
+        mine = self.identity(run, profile)
+        first = next(other for other, row in self.runs.items()
+                     if not row.same_weights and self._identity(other, profile) == mine)
+        return None if first == run else first
 
     def base(self, run: str, rows: Iterable[str]) -> str:
         """The nearest row of `rows` that `run` descends from: what a control is compared with."""
@@ -438,14 +714,27 @@ class Params:
         return parent
 
     def trained(self, runs: Iterable[str], profile: str) -> list[str]:
-        """Those of `runs` that are trained at this scale: no row whose configuration equals that of a row before it."""
-        runs = list(runs)
-        return [run for run in runs if self.same_as(run, profile, runs) is None]
+        """What is trained for `runs` at this scale, each once: a run, or in its place the run before it that is equal."""
+        return list(dict.fromkeys(self.same_as(run, profile) or run for run in runs))
+
+    def seeds(self, report: str, seeds: Iterable[int]) -> tuple[int, ...]:
+        """Those of the active seeds that a report is made from."""
+        return tuple(seeds)[: self.report(report).seeds]
 
     def check_trainable(self, run: str) -> None:
         """Stop before any work when a row is not trained but takes the weights of another."""
         if weights := self.run(run).same_weights:
             raise self._runs_file.fault(("runs", run), f"run {run} is evaluated with the weights of {weights}, not trained")
+
+    def check_init(self, run: str, init: Path | None) -> None:
+        """Stop before any work when a row with init_from is not given the weights to start from, or another one is."""
+        source, at = self._init(run), ("runs", run)
+        if source and init is None:
+            raise self._runs_file.fault(at, f"run {run} starts from the weights of {source}; give them: --init "
+                                            f"artifacts/.../train/{source}/.../weights.safetensors")
+        if init and not source:
+            raise self._runs_file.fault(at, f"run {run} starts from random weights, but {init} is given; leave --init out, or "
+                                            "give the row init_from")
 
     def check_data(self, profile: str) -> None:
         """Stop before any work when the profile's dataset is a folder of the user that is not there."""
@@ -473,6 +762,34 @@ class Params:
         """The nearest name that the row or its ancestors give under `uses`."""
         return next(name for row in reversed(self._ancestry(run)) if (name := getattr(row.uses, part)))
 
+    def _init(self, run: str) -> str | None:
+        """The nearest run that the row or its ancestors give under `init_from`."""
+        return next((row.init_from for row in reversed(self._ancestry(run)) if row.init_from), None)
+
+    def _named_again(self) -> dict[str, str]:
+        """Alias -> run; no name stands for two."""
+        aliases: dict[str, str] = {}
+        for run, row in self.runs.items():
+            for alias in row.aliases:
+                if other := alias if alias in self.runs else aliases.get(alias):
+                    raise self._runs_file.fault(("runs", run, "aliases"), f"run {run}: alias {alias} is already run {other}")
+                aliases[alias] = run
+        return aliases
+
+    def rate(self, run: str) -> Rate | None:
+        """The nearest rate that params/plan.yaml gives for the row or its ancestors."""
+        line: str | None = run
+        while line is not None and line not in self.planning.rates:
+            line = self.run(line).parent
+        return None if line is None else self.planning.rates[line]
+
+    def _planning(self, file: "_File") -> Planning:
+        planning = file.check(Planning)
+        for run in planning.rates:
+            if run not in self.runs:
+                raise file.fault(("rates", run), _unknown("run", run, self.runs))
+        return planning
+
     def _active(self, file: "_File") -> Active:
         active = file.check(Active)
         if active.profile not in self.profiles:
@@ -487,10 +804,9 @@ class Params:
         file = self._runs_file
         for name, run in self.runs.items():
             at = ("runs", name)
-            for key, known in (("from", self.runs), ("same_weights", self.runs)):
-                value = run.parent if key == "from" else run.same_weights
-                if value is not None and value not in known:
-                    raise file.fault((*at, key), f"run {name}: {_unknown('run', value, known)}")
+            for key, value in (("from", run.parent), ("same_weights", run.same_weights), ("init_from", run.init_from)):
+                if value is not None and value not in self.runs:
+                    raise file.fault((*at, key), f"run {name}: {_unknown('run', value, self.runs)}")
             for key, known in (("model", self._models), ("recipe", self._recipes)):
                 value = getattr(run.uses, key)
                 if value is not None and value not in known:
@@ -502,14 +818,36 @@ class Params:
             for part, at in ((run, ("runs", name)), (run.paper, ("runs", name, "paper")), (run.mini, ("runs", name, "mini"))):
                 file.check(args, (*at, "model"), part.model, partial=True)
                 file.check(Recipe, (*at, "recipe"), part.recipe, partial=True)
+            self._check_init(name)
         for column, value in self.settings.items():
             if value not in self.runs:
                 raise file.fault(("settings", column), f"column {column}: {_unknown('run', value, self.runs)}")
         for report, rows in self.reports.items():
-            for key in ("rows", "controls"):
-                for value in getattr(rows, key):
+            for key, named in (("rows", rows.runs), ("controls", rows.controls)):
+                for value in named:
                     if value not in self.runs:
                         raise file.fault(("reports", report, key), f"report {report}: {_unknown('run', value, self.runs)}")
+
+
+    def _check_weights(self) -> None:
+        models = {*ARGS, *(row.model for table in self.costs.values() for row in table.rows if row.model)}
+        for name, row in self.weights.items():
+            if row.model not in models:
+                raise self._weights_file.fault((name, "model"), f"weights {name}: {_unknown('network', row.model, models)}")
+            if row.run is not None and row.run not in self.runs:
+                raise self._weights_file.fault((name, "run"), f"weights {name}: {_unknown('run', row.run, self.runs)}")
+
+    def _check_init(self, run: str) -> None:
+        """A run starts from weights that are trained, and at last from random ones."""
+        line = [run]
+        while (source := self._init(line[-1])) is not None:
+            at = ("runs", run, "init_from")
+            if weights := self.runs[source].same_weights:
+                raise self._runs_file.fault(at, f"run {run} needs a trained run to start from, got {source}, which takes the "
+                                                f"weights of {weights}")
+            if source in line:
+                raise self._runs_file.fault(at, f"run {run} starts from its own weights through {source}")
+            line.append(source)
 
 
 def load(folder: Path = Path("params")) -> Params:
@@ -528,6 +866,16 @@ def write_active(path: Path, active: Active) -> None:
     text = yaml.safe_dump(active.model_dump(mode="json"), default_flow_style=None, sort_keys=False)
     if not path.exists() or path.read_text() != text:
         write_atomic(path, text.encode())
+
+
+def _essence(row: dict[str, Any]) -> str:
+    """A resolved row without what does not change its result, as JSON text."""
+    kept = {part: dict(row[part]) for part in row.keys() & _CIRCUMSTANCES.keys()}
+    for part, values in kept.items():
+        for name in _CIRCUMSTANCES[part]:
+            if name != "processes" or values["sync_bn"]:
+                values.pop(name, None)
+    return json.dumps(row | kept, sort_keys=True)
 
 
 def key(identity: str, data_sha256: str, code: str, seed: int, init: str | None = None) -> str:
@@ -707,6 +1055,8 @@ def _steps(data: Any, fault: Mapping[str, Any]) -> tuple[str, ...]:
 def _keys(schema: type[_Row], steps: Iterable[str]) -> list[str]:
     """Names of the keys that a schema has at a place."""
     for step in steps:
+        if step not in schema.model_fields:                           # a place in a list, a name in a mapping
+            continue
         kind = schema.model_fields[step].annotation
         schema = next(part for part in (kind, *get_args(kind)) if isinstance(part, type) and issubclass(part, _Row))
     return [field.alias or name for name, field in schema.model_fields.items()]

@@ -2,11 +2,15 @@
 
 import argparse
 import hashlib
+import os
 import pickle
 import re
 from collections.abc import Mapping
+from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import timm
 import torch
@@ -15,8 +19,9 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from timm.models.convnext import ConvNeXt, checkpoint_filter_fn
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from swconv.atomic import write_atomic
+from swconv.atomic import file_sha256, write_atomic
 from swconv.models import LargeKernelNet
 from swconv.ops import ShiftwiseConv2d
 
@@ -57,6 +62,53 @@ _MERGED = re.compile(r"\.LoRA\.weight$")
 # What a checkpoint of the released code may hold beside the weights: its index tables.
 _TABLES = re.compile(r"\.?(?:loras\.)?(?:pad_hv1?|idx_identit1?|idx_out1?|rep1|ghost1)$")
 MAP_VERSION = 1                                                                 # of all these, for files that they made
+TIMEOUT = 60                                                                    # s without a byte before a download stops
+
+
+def fetch(url: str, path: Path, sha256: str | None = None) -> str:
+    """Download a checkpoint beside its place, check it, and put it there; a file that is there and has the sha256 stays.
+
+    Returns
+    -------
+    The sha256 of the file.
+
+    Raises
+    ------
+    ValueError
+        When the source cannot be reached, sends less than it announced or a web page, or the file has another sha256. Nothing
+        is left behind then, and what was at `path` stays.
+    """
+    if sha256 and path.is_file() and file_sha256(path) == sha256:
+        return sha256
+    part, digest = path.with_name(f".{path.name}.part"), hashlib.sha256()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with urlopen(url, timeout=TIMEOUT) as source, part.open("wb") as file:
+            announced = int(source.headers.get("Content-Length") or 0)
+            if source.headers.get_content_type() == "text/html":
+                raise ValueError(f"{url} is a web page and no file. Give the address of the file itself, or download it by "
+                                 f"hand to {path} and leave url out.")
+            with tqdm(total=announced or None, desc=path.name, unit="B", unit_scale=True, disable=None) as bar:
+                while block := source.read(2**20):
+                    file.write(block)
+                    digest.update(block)
+                    bar.update(len(block))
+            file.flush()
+            os.fsync(file.fileno())
+            received = file.tell()
+        if received < announced:
+            raise ValueError(f"{url} announced {announced} bytes, got {received}. Run the same command again.")
+        if sha256 not in (None, digest.hexdigest()):
+            raise ValueError(_other_hash(url, digest.hexdigest(), sha256))
+        part.replace(path)
+    except (OSError, HTTPException) as error:
+        reason = getattr(error, "reason", None) or error
+        raise ValueError(f"{url} could not be downloaded to {path}, got '{reason}'. Check the address and the network, or "
+                         "download the file by hand.") from error
+    finally:
+        with suppress(OSError):
+            part.unlink()
+    return digest.hexdigest()
 
 
 def read_checkpoint(path: Path, sha256: str | None = None) -> Mapping[str, Any]:
@@ -74,8 +126,7 @@ def read_checkpoint(path: Path, sha256: str | None = None) -> Mapping[str, Any]:
                                 "put the downloaded file there.")
     found = file_sha256(path)
     if sha256 not in (None, found):
-        raise ValueError(f"{path} has sha256 {found[:12]}..., and {sha256[:12]}... was expected. Download it again, or correct "
-                         "the hash where it is written if the source has a new file.")
+        raise ValueError(_other_hash(path, found, sha256))
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -120,14 +171,24 @@ def convert(source: Path, model: str, out: Path, arguments: Mapping[str, Any] | 
     return told
 
 
+def _other_hash(where: Path | str, found: str, expected: str) -> str:
+    return (f"{where} has sha256 {found[:12]}..., and {expected[:12]}... was expected. Download it again, or correct the hash "
+            "where it is written if the source has a new file.")
+
+
 def masks_in(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The masks of a sparse checkpoint, which keeps none: True where a weight of two or four dimensions is not zero."""
-    return {name: tensor != 0 for name, tensor in state_dict.items() if tensor.dim() in (2, 4) and (tensor == 0).any()}
+    return {name: tensor != 0 for name, tensor in _maskable(state_dict).items() if (tensor == 0).any()}
 
 
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def density_in(state_dict: Mapping[str, Tensor]) -> float:
+    """Share of the weights of two or four dimensions that are not zero: 1 - sparsity, as SLaK counts it."""
+    weights = _maskable(state_dict).values()
+    return sum(int(tensor.count_nonzero()) for tensor in weights) / sum(tensor.numel() for tensor in weights)
+
+
+def _maskable(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in state_dict.items() if tensor.dim() in (2, 4)}
 
 
 def official_names(model: nn.Module) -> dict[str, str]:
@@ -191,8 +252,20 @@ def to_official(model: nn.Module) -> dict[str, Tensor]:
     return {names[name]: tensor[None, None, None] if ".grn." in name else tensor for name, tensor in state.items()}
 
 
-def weights_in(checkpoint: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The state dict in a published checkpoint, which may itself be one."""
+def weights_in(checkpoint: Mapping[str, Any], part: str | None = None) -> Mapping[str, Tensor]:
+    """The state dict in a published checkpoint, which may itself be one; `part` says under which key.
+
+    Raises
+    ------
+    ValueError
+        When there is no such part.
+    """
+    if part is not None:
+        if not isinstance(checkpoint.get(part), Mapping):
+            held = [key for key, value in checkpoint.items() if isinstance(value, Mapping)]
+            raise ValueError(f"the checkpoint has no weights under '{part}', got {', '.join(held) or 'a bare state dict'}. "
+                             "Correct the part, or leave it out.")
+        return checkpoint[part]
     for key in ("model", "model_ema", "state_dict"):
         if isinstance(checkpoint.get(key), Mapping):
             return checkpoint[key]
@@ -258,7 +331,7 @@ def _check_fit(converted: Mapping[str, Tensor], target: Mapping[str, Tensor], mo
     sizes = {key: (tuple(value.shape), tuple(target[key].shape)) for key, value in converted.items()
              if key in target and value.shape != target[key].shape}
     for key, (got, wanted) in sizes.items():
-        if key.startswith("head.") and isinstance(model, LargeKernelNet | ConvNeXt):
+        if key.startswith("head.") and got[1:] == wanted[1:] and isinstance(model, LargeKernelNet | ConvNeXt):
             raise ValueError(f"the weights classify into {got[0]} classes and the model into {wanted[0]}. Create the model "
                              f"with num_classes={got[0]}, load, and then call reset_classifier.")
         if ".mixer." in key and len(got) == 4:

@@ -113,7 +113,7 @@ def test_all_stages_are_hashed_within_a_third_of_a_second():
     code = (
         "import time; start = time.perf_counter()\n"
         "from swconv.fingerprint import fingerprint\n"
-        "for name in ('training.loop', 'training.evaluation', 'training.tracking', 'reporting.table2', 'build'):\n"
+        "for name in ('training.loop', 'training.evaluation', 'training.tracking', 'reporting.report', 'build'):\n"
         "    fingerprint(f'swconv.{name}', csrc=True)\n"
         "print(time.perf_counter() - start)"
     )

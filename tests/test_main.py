@@ -63,7 +63,7 @@ def one_sentence(capsys, *arguments: str) -> str:
     (["train", "sw11", "--profile", "smoke", *REST], "run the data rule first"),
     (["data", "--profile", "paper", "--out", "d"], "put the images there"),
     (["ui"], "mlflow.db, got no such file; make it: snakemake --cores all --forcerun track"),
-    (["report", "nope", *REPORT], "unknown report nope; the nearest known name is table2"),
+    (["report", "tabel2", *REPORT], "unknown report tabel2; the nearest known name is table2"),
     (["report", "table2", "--profile", "smok", *REPORT[2:]], "unknown profile smok; the nearest known name is smoke"),
     (["train", "sw11", "--profile", "smoke", *REST, "--planned", "x"], "swconv/ changed since this run was planned"),
     (["evaluate", "sw11", "--profile", "smoke", "--weights", "w", *REST, "--planned", "x"], "since this run was planned"),

@@ -1,16 +1,22 @@
 """The rows: what they say of the papers' runs, and the sentences that faults in them give."""
 
+import csv
 import importlib
 import itertools
+import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 import timm
+import yaml
 
 from swconv import params
+from swconv.__main__ import main
 
+# Measurements and downstream runs of reports/paper/runs.csv (measure, seg_ade20k, det_coco, ...) are no rows of runs.yaml.
+TRAINED = ("pretrain", "finetune384", "eval_convert")
 PAPER_SHAPES = {"depths": [3, 3, 9, 3], "dims": [96, 192, 384, 768], "width_factor": 1.3, "kernel_sizes": [51, 49, 47, 13]}
 
 
@@ -91,7 +97,8 @@ def test_table2_has_the_papers_rows_in_its_order(known):
     ("sw26", "sw24_300", {"model.args.ghost_ratio": (0.23, 0.0)}),
     ("sw27", "sw24_300", {"recipe.sparsity.level": (0.3, 0.2)}),
     ("sw01", "sw00_300", {"model.args.laid_out": (False, True), "recipe.sparsity.granularity": ("element", "filter"),
-                          "recipe.sparsity.others": ("all", "body")}),
+                          "recipe.sparsity.others": ("all", "body"),
+                          "recipe.sparsity.prune": ("magnitude", "magnitude_sum")}),
     ("sw01_infer", "sw00_300", {"model.args.laid_out": (False, True)}),
     ("sw16_concat", "sw16", {"recipe.sparsity.scores": ("sum", "concat")}),
 ])
@@ -114,7 +121,8 @@ def test_row_2_is_slak_t_with_one_set_of_shifted_filters(known):
     assert row["model"] == {"name": "sw_slak_tiny", "args": PAPER_SHAPES | {
         "small_kernel": 5, "rep_branches": 1, "edges": 1, "ghost_ratio": 0.0, "use_se": False, "padding": "full",
         "norm": "filter", "skip": False, "order": "reversed", "depthwise_norm_skip": False, "layer_scale_init": 1.0e-6}}
-    assert row["recipe"].pop("sparsity") == slak["recipe"].pop("sparsity") | {"granularity": "filter", "others": "body"}
+    assert row["recipe"].pop("sparsity") == slak["recipe"].pop("sparsity") | {
+        "granularity": "filter", "others": "body", "prune": "magnitude_sum"}
     assert row["recipe"] == slak["recipe"]
 
 
@@ -139,11 +147,12 @@ def test_row_24_is_the_readme_command(known):
     recipe = row["recipe"]
     assert (recipe["epochs"], recipe["warmup_epochs"], recipe["drop_path_rate"], recipe["ema_decay"]) == (120, 5, 0.2, None)
     assert recipe["sparsity"] | {"growth": None} == {
-        "level": 0.3, "granularity": "filter", "others": "none", "scores": "concat", "update_every": 100, "prune_rate": 0.3,
-        "share_every": 131, "subset": False, "growth": None}
+        "level": 0.3, "granularity": "filter", "others": "none", "density": "snip", "scores": "concat",
+        "prune": "magnitude_sum", "update_every": 100, "prune_rate": 0.3, "share_every": 131, "subset": False, "growth": None}
 
 
-@pytest.mark.parametrize("run", ["sw11", "sw24", "sw26"])
+@pytest.mark.parametrize("run", ["sw11", "sw24", "sw26", "slak_s_300", "slak_b_300", "slak_fig5", "slak_fig5_f50",
+                                 "slak_fig5_f500", "slak_fig5_f1000", "slak_fig5_f2000"])
 def test_mini_updates_and_shares_masks_as_often_as_the_paper(known, run):
     counts = []
     for scale, images in (("paper", 1_281_167), ("mini", 4000)):
@@ -164,13 +173,159 @@ def test_rows_of_table2_are_different_experiments_at_every_scale(known, scale):
     assert known.trained(rows, scale) == rows
 
 
+def test_every_training_run_of_both_papers_is_a_row_with_its_certainty(known):
+    with Path("reports/paper/runs.csv").open(newline="") as file:
+        listed = [row for row in csv.DictReader(file) if row["kind"] in TRAINED]
+    assert len(listed) == 70
+    for row in listed:
+        run = known.canonical(row["run_id"])
+        assert known.runs[run].certainty == certainty(row["config_certainty"]), run
+        assert known.runs[run].certainty != "unknown" or known.runs[run].note, run
+
+
+def certainty(said: str) -> str:
+    """The word of params/ for what reports/paper/runs.csv says of a run's settings."""
+    if said.startswith(("published command", "exact")):
+        return "published"
+    return "inferred" if said.startswith(("published recipe", "inferred", "not released", "command and weights")) else "unknown"
+
+
+def test_what_the_papers_rows_say_of_models_and_recipes_is_what_the_rows_resolve_to(known):
+    with Path("reports/paper/runs.csv").open(newline="") as file:
+        listed = [row for row in csv.DictReader(file) if row["kind"] == "pretrain" and row["paper"] == "SLaK"]
+    for row in listed:
+        config = known.resolve(known.canonical(row["run_id"]), "paper")
+        args, recipe = config["model"]["args"], config["recipe"]
+        assert recipe["epochs"] == int(row["epochs_or_iters"])
+        assert ([recipe["warmup_epochs"], recipe["lr"], recipe["batch_size"]]
+                == [float(row["warmup_ep"]), float(row["lr"]), int(row["batch"])])
+        assert recipe["drop_path_rate"] == float(row["drop_path"])
+        for key in ("depths", "dims"):
+            assert args[key] == numbers(row[key]), row["run_id"]
+        assert args["width_factor"] == float(row["width_factor"])
+        if row["kernel_size"]:
+            assert args["kernel_sizes"] == numbers(row["kernel_size"]), row["run_id"]
+        assert args["small_kernel"] == (None if row["N"] == "100" else int(row["N"])), row["run_id"]
+        assert (recipe["sparsity"] or {}).get("level") == (float(row["sparsity"]) if row["sparsity"] else None)
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split("-")]
+
+
+@pytest.mark.parametrize(("run", "base", "difference"), [
+    ("cnx_t_naive_51_120", "cnx_t_k7_120", {"model.args.kernel_sizes": ([7, 7, 7, 7], [51, 49, 47, 13])}),
+    ("cnx_t_rep_51_120", "cnx_t_naive_51_120", {"model.args.small_kernel": (None, 5)}),
+    ("slak_sg_61_120", "slak_w13_61_120", {"model.args.width_factor": (1.3, 1.0)}),
+    ("slak_sw_s82_w25_120", "sw00", {"model.args.width_factor": (1.3, 2.5), "recipe.sparsity.level": (0.4, 0.82)}),
+    ("slak_w13_51_N7_120", "sw00", {"model.args.small_kernel": (5, 7)}),
+    ("slak_fig5", "sw00", {"recipe.sparsity.prune_rate": (0.5, 0.3), "recipe.sparsity.update_every": (2000, 100)}),
+    ("slak_fig5_p09", "slak_fig5", {"recipe.sparsity.prune_rate": (0.3, 0.9)}),
+    ("slak_fig5_f500", "slak_fig5", {"recipe.sparsity.update_every": (100, 500)}),
+    ("slak_s_300", "sw00_300", {"model.name": ("slak_tiny", "slak_small"), "model.args.depths": ([3, 3, 9, 3], [3, 3, 27, 3]),
+                                "recipe.drop_path_rate": (0.1, 0.4), "recipe.sparsity.prune_rate": (0.5, 0.3),
+                                "recipe.sparsity.update_every": (2000, 100)}),
+    ("slak_b_300", "slak_s_300", {"model.name": ("slak_small", "slak_base"), "recipe.drop_path_rate": (0.4, 0.5),
+                                  "model.args.dims": ([96, 192, 384, 768], [128, 256, 512, 1024])}),
+    ("cnx_t_seq_120", "cnx_t_rep_51_120", {"model.args.arrangement": ("single", "sequential")}),
+])
+def test_a_row_of_slak_differs_from_its_neighbour_by_what_the_paper_says(known, run, base, difference):
+    assert changed(known, run, base) == difference
+
+
+def test_kernels_larger_than_the_maps_of_mini_are_the_same_experiment_there_and_no_other_rows_are(known):
+    equal = {run: same for run in known.runs if (same := known.same_as(run, "mini"))}
+    assert equal == {
+        "cnx_t_naive_51_120": "cnx_t_naive_31_120", "cnx_t_naive_61_120": "cnx_t_naive_31_120",
+        "cnx_t_rep_51_120": "cnx_t_rep_31_120", "cnx_t_rep_61_120": "cnx_t_rep_31_120",
+        "cnx_t_pos_7_29_7_7_120": "cnx_t_pos_31_7_7_7_120",          # one stage stands for stages 1 and 2, one for 3 and 4
+        "cnx_t_pos_7_7_7_13_120": "cnx_t_pos_7_7_27_7_120", "cnx_t_pos_7_7_27_13_120": "cnx_t_pos_7_7_27_7_120",
+        "slak_dec_31_120": "slak_dec_51_120", "slak_dec_61_120": "slak_dec_51_120",
+        "slak_sg_31_120": "slak_sg_51_120", "slak_sg_61_120": "slak_sg_51_120",
+        "slak_w13_31_120": "sw00", "slak_w13_61_120": "sw00",
+    }
+    assert not [run for run in known.runs if known.same_as(run, "paper")]
+
+
+def test_equal_rows_are_trained_under_the_name_that_comes_first_in_the_file_whatever_the_report(known):
+    rows = ["slak_dec_61_120", "slak_dec_31_120", "slak_dec_51_120"]
+    assert known.trained(rows, "mini") == ["slak_dec_51_120"]
+    assert known.trained(rows, "paper") == rows
+
+
+def test_laid_out_weights_are_no_training_that_another_row_could_share(folder):
+    edit(folder, "  control_dw3:\n", "  laid: {label: a, text: b, source: ours, from: sw01_infer}\n  control_dw3:\n")
+    known = params.load(folder)
+    assert known.identity("laid", "mini") == known.identity("sw01_infer", "mini")
+    assert known.same_as("laid", "mini") is None
+    assert known.same_as("sw01_infer", "mini") is None
+
+
+@pytest.mark.parametrize("profile", ["mini", "smoke"])
+def test_every_model_and_recipe_has_its_counterpart_at_small_scale(known, profile):
+    for kind in ("models", "recipes"):
+        names = yaml.safe_load(Path(f"params/{kind}.yaml").read_text()).keys()
+        assert names - getattr(known.profiles[profile], kind).keys() == set(), kind
+
+
+def test_a_fine_tune_starts_from_its_run_with_larger_images_and_its_masks(known):
+    row, before = known.resolve("slak_b_384ft", "paper"), known.resolve("slak_b_300", "paper")
+    assert row["init"] == known.source("slak_b_384ft") == "slak_b_300"
+    assert "init" not in before
+    assert row["model"] == before["model"]
+    assert row["dataset"] == before["dataset"] | {"image_size": 384, "crop_pct": 1.0, "crop_mode": "squash"}
+    assert (row["recipe"]["epochs"], row["recipe"]["sparsity"]["density"], row["recipe"]["sparsity"]["prune_rate"]) == (
+        30, "nonzero", 0.0)
+    assert known.resolve("slak_b_384ft", "mini")["dataset"]["image_size"] == 80
+
+
+def test_a_row_from_a_fine_tune_starts_from_the_same_weights(folder):
+    edit(folder, "  control_dw3:\n",
+         "  again: {label: a, text: b, source: ours, from: slak_b_384ft, recipe: {lr: 1.0e-5}}\n  control_dw3:\n")
+    known = params.load(folder)
+    assert known.source("again") == known.resolve("again", "mini")["init"] == "slak_b_300"
+
+
+@pytest.mark.parametrize(("old", "new", "sentence"), [
+    ("    init_from: slak_b_300", "    init_from: slak_b_30",
+     "run slak_b_384ft: unknown run slak_b_30; the nearest known name is slak_b_300."),
+    ("    init_from: slak_b_300", "    init_from: sw01_infer",
+     "run slak_b_384ft needs a trained run to start from, got sw01_infer, which takes the weights of sw00_300."),
+    ("    init_from: slak_b_300", "    init_from: slak_b_384ft",
+     "run slak_b_384ft starts from its own weights through slak_b_384ft."),
+    ("aliases: [slak_t_300]", "aliases: [slak_t_300, sw24]", "run sw00_300: alias sw24 is already run sw24."),
+    ("aliases: [slak_t_300]", "aliases: [slak_t_300, slak_w13_51_120]",
+     "run sw00_300: alias slak_w13_51_120 is already run sw00."),
+    ("{dataset: {image_size: 384,", "{dataset: {image_sice: 384,",
+     "run slak_b_384ft, unknown key paper.dataset.image_sice; the nearest known name is image_size."),
+    ("    certainty: unknown\n", "    certainty: sure\n",
+     "run sw00, certainty: input should be 'published', 'inferred', 'unknown' or 'ours', got 'sure'."),
+    ("[10, 10, 10, 10]}}", "[10, 10, 10, 10], arrangement: dilated}}",
+     "run cnx_t_stack10x3_120, model: arrangement dilated needs odd kernel_sizes, got 10; stacked takes any number."),
+    ("model: {arrangement: dilated}", "model: {arrangement: diluted}",
+     "run cnx_t_dil3_120, model.arrangement: input should be 'single', 'parallel', 'sequential', 'stacked' or 'dilated', "
+     "got 'diluted'."),
+], ids=itertools.count())
+def test_faults_of_aliases_and_starting_weights_are_one_sentence(folder, old, new, sentence):
+    edit(folder, old, new)
+    assert fault(folder).split(": ", 1)[1] == sentence
+
+
+def test_a_run_is_known_by_its_aliases_but_trained_under_one_name(known):
+    assert known.canonical("slak_t_300") == known.canonical("sw00_300") == "sw00_300"
+    with pytest.raises(params.ParamsError, match="run slak_t_300 is known here as sw00_300; use that name"):
+        known.resolve("slak_t_300", "mini")
+    with pytest.raises(params.ParamsError, match="unknown run slak_t_301; the nearest known name is slak_t_300"):
+        known.canonical("slak_t_301")
+
+
 def test_a_row_that_equals_another_at_mini_scale_is_found_and_not_trained_twice(folder):
     edit(folder, "    mini: {model: {kernel_sizes: [3, 13]}}\n", "    mini: {model: {kernel_sizes: [13, 13]}}\n")
     known = params.load(folder)
     rows = known.report_rows("table2")
-    assert known.same_as("sw21", "mini", rows) == "sw20"
-    assert known.same_as("sw20", "mini", rows) is None
-    assert known.same_as("sw21", "paper", rows) is None
+    assert known.same_as("sw21", "mini") == "sw20"
+    assert known.same_as("sw20", "mini") is None
+    assert known.same_as("sw21", "paper") is None
     assert set(rows) - set(known.trained(rows, "mini")) == {"sw21"}
 
 
@@ -322,6 +477,14 @@ def test_a_file_that_is_not_in_utf8_is_one_sentence(folder):
      "run sw22, recipe: mixup and cutmix pair the images of a batch: batch_size must be even, got 33."),
     ("sw22, sw23]", "sw22, sw22]", "runs.yaml", "report table2: a run stands once in a report, got sw22 more than once."),
     ("controls: [", "controls: [sw11, ", "runs.yaml", "report table2: a run stands once in a report, got sw11 more than once."),
+    ("[sw02_300, sw02]", "[sw02_300]", "runs.yaml",
+     "report table1: row #2, SW-(pad=N-1) needs one run, or null, per column (2), got 1."),
+    ("[sw02_300, sw02]", "[sw00_300, sw02]", "runs.yaml",
+     "report table1: a run stands once in a report, got sw00_300 more than once."),
+    ('reference: "SLaK-T, 5"', 'reference: "SLaK-T, 9"', "runs.yaml",
+     "report slak/table9: unknown row SLaK-T, 9; the nearest known name is SLaK-T, 7."),
+    ('"SLaK-T, 7": [slak_w13_51_N7_120]', '"SLaK-T, 7": [slak_w13_51_N7_121]', "runs.yaml",
+     "report slak/table9: unknown run slak_w13_51_N7_121; the nearest known name is slak_w13_51_N7_120."),
 ], ids=itertools.count())
 def test_values_that_only_a_job_would_refuse_are_refused_at_once(folder, old, new, file, sentence):
     edit(folder, old, new, file)
@@ -342,8 +505,7 @@ def test_the_line_is_the_line_of_the_key(folder):
 
 
 def test_a_row_cannot_descend_from_itself(folder):
-    edit(folder, "  sw12:\n    label: \"#12\"\n    text: rep4 E4\n    source: SW Table 2\n    from: sw11",
-         "  sw12:\n    label: \"#12\"\n    text: rep4 E4\n    source: SW Table 2\n    from: sw13")
+    edit(folder, "    from: sw11\n    model: {rep_branches: 4}", "    from: sw13\n    model: {rep_branches: 4}")
     assert "descends from itself" in fault(folder)
 
 
@@ -376,6 +538,18 @@ def test_every_network_that_rows_may_name_is_registered():
     assert all(timm.is_model(name) for name in params.ARGS)
 
 
+def test_a_row_of_every_kind_of_network_trains_and_is_evaluated_merged(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    scale = ["--profile", "smoke"]
+    assert main(["data", *scale, "--out", "data"]) == 0
+    for run in ("cnx_t_stack10x3_120", "cnx_t_dil3_120", "cnx_t_seq_120", "unireplknet_t_300"):
+        arguments, trained, measured = [run, *scale, "--seed", "0", "--data", "data"], f"trained/{run}", f"measured/{run}"
+        assert main(["train", *arguments, "--out", trained]) == 0
+        assert main(["evaluate", *arguments, "--weights", f"{trained}/weights.safetensors", "--out", measured]) == 0
+        metrics = json.loads(Path(measured, "metrics.json").read_text())
+        assert metrics["merged_logit_difference"]["value"] < 1e-5
+
+
 def test_missing_imagenet_says_what_to_put_where(known):
     with pytest.raises(params.ParamsError, match=r"needs imagenet in data/imagenet/.*ln -s"):
         known.check_data("paper")
@@ -399,3 +573,77 @@ def test_active_is_written_only_when_it_changes(folder):
     smoke = params.Active(profile="smoke", seeds=(3,), reports_folder="artifacts/smoke/reports")
     params.write_active(path, smoke)
     assert params.load(folder).active == smoke
+
+
+def test_reduced_images_are_part_of_the_identity_and_workers_are_not(folder):
+    edit(folder, "  workers: 8 ", "  workers: 3 ", "profiles/paper.yaml")
+    same = params.load(folder).identity("sw11", "paper")
+    edit(folder, "  workers: 3 ", "  cache_px: 256\n  workers: 3 ", "profiles/paper.yaml")
+    assert same == params.load().identity("sw11", "paper")
+    assert same != params.load(folder).identity("sw11", "paper")
+
+
+def test_masks_per_filter_by_single_magnitudes_are_refused(folder):
+    edit(folder, "    prune: magnitude_sum            # [C]\n", "    prune: magnitude\n", "recipes.yaml")
+    with pytest.raises(params.ParamsError, match="granularity: element, .*, got filter, 131 and false"):
+        params.load(folder)
+
+
+@pytest.mark.parametrize(("profile", "old", "new"), [
+    ("mini", "processes: 1", "processes: 2"),
+    ("mini", "checkpoint_minutes: 10", "checkpoint_minutes: 1.5"),
+    ("paper", "processes: 1", "processes: 4"),
+])
+def test_how_the_work_is_shared_out_and_saved_is_no_part_of_a_runs_identity(folder, known, profile, old, new):
+    path = folder / f"profiles/{profile}.yaml"
+    path.write_text(path.read_text().replace(old, new, 1))
+    after = params.load(folder)
+    assert after.identity("sw24", profile) == known.identity("sw24", profile)
+    assert after.resolve("sw24", profile) != known.resolve("sw24", profile)
+
+
+@pytest.mark.parametrize(("old", "new"), [("tf32: false", "tf32: true"), ("compile: false", "compile: true"),
+                                          ("sync_bn: true", "sync_bn: false"), ("amp: null", "amp: float16")])
+def test_what_changes_the_arithmetic_is(folder, known, old, new):
+    path = folder / "profiles/mini.yaml"
+    path.write_text(path.read_text().replace(old, new, 1))
+    assert params.load(folder).identity("sw24", "mini") != known.identity("sw24", "mini")
+
+
+def test_the_number_of_processes_is_where_each_has_norms_of_its_own(folder):
+    path = folder / "profiles/mini.yaml"
+    path.write_text(path.read_text().replace("sync_bn: true", "sync_bn: false", 1))
+    one = params.load(folder).identity("sw24", "mini")
+    path.write_text(path.read_text().replace("processes: 1", "processes: 2", 1))
+    assert params.load(folder).identity("sw24", "mini") != one
+
+
+def test_passes_of_calibration_are_no_part_of_what_is_trained(folder, known):
+    path = folder / "recipes.yaml"
+    path.write_text(path.read_text().replace("calibration_passes: 1", "calibration_passes: 2", 1))
+    after = params.load(folder)
+    assert after.identity("sw24", "mini") == known.identity("sw24", "mini")
+    assert after.resolve("sw24", "mini")["recipe"]["calibration_passes"] == 2
+
+
+@pytest.mark.parametrize(("old", "new", "told"), [
+    ("micro_batch: 256", "micro_batch: 300", "must fall into parts of machine.micro_batch (300) images"),
+    ("processes: 1 ", "processes: 3 ", "each part into equal shares of machine.processes (3)"),
+    ("processes: 1 ", "processes: 256 ", "machine.processes (256), in pairs for mixup"),
+])
+def test_a_batch_that_does_not_divide_is_told_before_anything_runs(folder, old, new, told):
+    path = folder / "profiles/paper.yaml"
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(params.ParamsError) as error:
+        params.load(folder)
+    assert "batch_size 4096 must fall into parts" in str(error.value) or "batch_size 512 must" in str(error.value)
+    assert told in str(error.value)
+
+
+def test_weights_to_start_from_are_given_where_the_row_says_so_and_nowhere_else(known):
+    known.check_init("slak_b_384ft", Path("weights.safetensors"))
+    known.check_init("sw11", None)
+    with pytest.raises(params.ParamsError, match="run slak_b_384ft starts from the weights of slak_b_300; give them: --init"):
+        known.check_init("slak_b_384ft", None)
+    with pytest.raises(params.ParamsError, match="run sw11 starts from random weights, but w is given; leave --init out"):
+        known.check_init("sw11", Path("w"))

@@ -109,6 +109,12 @@ def test_files_that_the_readme_names_exist():
     assert [name for name in sorted(named) if not Path(name).exists()] == []
 
 
+def test_the_weights_that_the_readme_lists_are_those_that_are_registered():
+    table = README.split("| weights | source (GitHub) |", 1)[1].split("\n\n", 1)[0]
+    names = [name for line in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", line)]
+    assert sorted(names) == sorted(params.load().weights)
+
+
 def test_conda_door_and_make_door_lead_to_the_same_lock():
     door = yaml.safe_load(Path("environment.yml").read_text())
     assert {"pip": ["-r requirements.lock"]} in door["dependencies"]

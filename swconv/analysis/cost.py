@@ -16,7 +16,8 @@ from swconv.models.mixers import StripConv2d
 from swconv.ops import ShiftwiseConv2d
 
 Form = Literal["training", "merged", "plus"]
-Counting = Literal["papers", "thop"]
+Counting = Literal["papers", "thop", "unseen"]
+SEEN = 5  # px: larger depthwise kernels have a class of their own in the released code
 
 
 @dataclass(frozen=True)
@@ -63,15 +64,17 @@ def cost(
         Share of every weight of two or four dimensions that is masked, the same in all layers.
     counting : str
         "papers": a MAC for every tap, also where it hits the padding. "thop": also four for every element that a BatchNorm,
-        or torch's own LayerNorm, gives, as the tool of that name has it (SW Table 3).
+        or torch's own LayerNorm, gives, as the tool of that name has it (SW Table 3). "unseen": a depthwise kernel above
+        5 px has all its parameters and no MACs, as for tools that do not know the class it has in the released code (SLaK
+        Tables 4 and 5).
 
     Raises
     ------
     ValueError
         For an unknown form or counting, or a sparsity outside [0, 1).
     """
-    if form not in ("training", "merged", "plus") or counting not in ("papers", "thop") or not 0 <= sparsity < 1:
-        raise ValueError("cost needs form training, merged or plus, counting papers or thop, and sparsity in [0, 1), "
+    if form not in get_args(Form) or counting not in get_args(Counting) or not 0 <= sparsity < 1:
+        raise ValueError("cost needs form training, merged or plus, counting papers, thop or unseen, and sparsity in [0, 1), "
                          f"got {form!r}, {counting!r}, {sparsity}.")
     if isinstance(model, str):
         with torch.device("meta"):
@@ -83,7 +86,7 @@ def cost(
     macs = _macs(model, height, width, sparsity, counting)
     parts: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
     for name, weight in _weights(model):
-        parts[_part(name)][0] += round(_alive(weight, sparsity))
+        parts[_part(name)][0] += weight.numel() if _unseen(weight, counting) else round(_alive(weight, sparsity))
     for name, count in macs.items():
         parts[_part(name)][1] += round(count)
     found = {key: (params, count) for key, (params, count) in parts.items()}
@@ -140,6 +143,10 @@ def _alive(weight: Tensor, sparsity: float) -> float:
     return alive * (1 - sparsity) if weight.dim() > 1 else alive
 
 
+def _unseen(weight: Tensor, counting: Counting) -> bool:
+    return counting == "unseen" and weight.dim() == 4 and weight.shape[1] == 1 and max(weight.shape[2:]) > SEEN
+
+
 def _macs(model: nn.Module, height: int, width: int, sparsity: float, counting: Counting) -> dict[str, float]:
     """MACs of every layer that has some, by its name."""
     found: dict[str, float] = defaultdict(float)
@@ -162,22 +169,25 @@ def _macs(model: nn.Module, height: int, width: int, sparsity: float, counting: 
 
 
 def _layer_macs(layer: nn.Module, x: Tensor, y: Tensor, sparsity: float, counting: Counting) -> float:
+    def used(weight: Tensor) -> float:
+        return 0 if _unseen(weight, counting) else _alive(weight, sparsity)
+
     match layer:
         case nn.Conv2d():
-            return _alive(layer.weight, sparsity) * y.shape[2] * y.shape[3]
+            return used(layer.weight) * y.shape[2] * y.shape[3]
         case nn.Linear():
-            return _alive(layer.weight, sparsity) * (y.numel() // y.shape[-1])
+            return used(layer.weight) * (y.numel() // y.shape[-1])
         case nn.BatchNorm2d() | nn.LayerNorm():
             return 4 * y.numel() if counting == "thop" else 0
         case _ if layer.merged:
-            return sum(_alive(kernel, sparsity) for kernel in (layer.kernel_h, layer.kernel_v)) * x.shape[2] * x.shape[3]
+            return sum(used(kernel) for kernel in (layer.kernel_h, layer.kernel_v)) * x.shape[2] * x.shape[3]
         case ShiftwiseConv2d():
-            filters = sum(_alive(weight, sparsity) for weight in layer.filters)
+            filters = sum(used(weight) for weight in layer.filters)
             return filters * (x.shape[2] + 2 * layer.halo) * (x.shape[3] + 2 * layer.halo)
     taller = 2 * (layer.small_kernel - 1 - layer.small_kernel // 2) if layer.laid_out else 0
     sizes = {"vertical": (x.shape[2] + taller) * x.shape[3], "horizontal": x.shape[2] * (x.shape[3] + taller),
              "small": x.shape[2] * x.shape[3]}
-    return sum(_alive(conv.weight, sparsity) * sizes[name] for name, conv in layer.convs.items())
+    return sum(used(conv.weight) * sizes[name] for name, conv in layer.convs.items())
 
 
 def _part(name: str) -> tuple[str, str]:

@@ -1,7 +1,7 @@
 """The contenders: the SW operator in all its forms, the large-kernel convolutions beside it, and networks of both."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import swconv.models  # noqa: F401  registers the networks with timm
 from swconv.bench.work import Stage
+from swconv.models.mixers import StripConv2d
 from swconv.ops import ShiftwiseConv2d, assemble_ref, shift_add, shift_add_ref, strip_branches_ref, strip_mix
 
 Three = tuple[Tensor, Tensor, Tensor]
@@ -122,15 +123,17 @@ def peers(stage: Stage, device: torch.device) -> dict[str, tuple[dict[str, Calla
     known = {}
     for name, shapes in sides.items():
         weights = [torch.randn(stage.channels, 1, *shape, generator=generator).to(device).requires_grad_() for shape in shapes]
-        known[name] = {"padding inside": partial(_inside, weights), "padding before": partial(_before, weights)}, weights
+        known[name] = {"padding inside": partial(inside, weights), "padding before": partial(before, weights)}, weights
     return known
 
 
-def _inside(weights: list[Tensor], x: Tensor) -> Tensor:
+def inside(weights: Sequence[Tensor], x: Tensor) -> Tensor:
+    """The sum of depthwise convolutions of x (B, C, H, W), same size, padded by the convolution itself."""
     return sum(F.conv2d(x, w, padding=(w.shape[2] // 2, w.shape[3] // 2), groups=len(w)) for w in weights)
 
 
-def _before(weights: list[Tensor], x: Tensor) -> Tensor:
+def before(weights: Sequence[Tensor], x: Tensor) -> Tensor:
+    """The same, padded before the convolution."""
     halves = [(w.shape[2] // 2, w.shape[3] // 2) for w in weights]
     return sum(F.conv2d(F.pad(x, (b, b, a, a)), w, groups=len(w)) for w, (a, b) in zip(weights, halves, strict=True))
 
@@ -150,20 +153,103 @@ class TwoStepMixer(nn.Module):
         return torch.cat([whole(self.form, self.layer, inner), ghost], dim=1)
 
 
-def make_network(device: torch.device, **arguments: Any) -> nn.Module:
-    """SW-tiny in evaluation, every part of which does something."""
+class PaddedConv2d(nn.Module):
+    """A depthwise convolution whose zeros are laid around the map beforehand."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = copy.deepcopy(conv)
+        (below, right), self.conv.padding = conv.padding, (0, 0)
+        self.margins = (right, right, below, below)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, self.margins))
+
+
+class PlainStrips(nn.Module):
+    """`StripConv2d` before its merge, as SLaK writes it: three of torch's convolutions, each with its BatchNorm."""
+
+    def __init__(self, mixer: StripConv2d) -> None:
+        super().__init__()
+        self.convs, self.norms = copy.deepcopy(mixer.convs), copy.deepcopy(mixer.norms)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(self.norms[name](conv(x)) for name, conv in self.convs.items())
+
+
+def square(mixer: StripConv2d) -> nn.Conv2d:
+    """SLaK's strips and small kernel merged into one M x M convolution with bias, as the released code builds it."""
+    merged = copy.deepcopy(mixer)
+    merged.reparameterize()
+    extent, channels = merged.kernel_size, merged.channels
+    conv = nn.Conv2d(channels, channels, extent, padding=extent // 2, groups=channels).to(merged.bias)
+    with torch.no_grad():
+        conv.weight.zero_()
+        for kernel in (merged.kernel_h, merged.kernel_v, merged.kernel_c):
+            tall, wide = ((extent - side) // 2 for side in kernel.shape[2:])
+            conv.weight[:, :, tall : extent - tall, wide : extent - wide] += kernel
+        conv.bias.copy_(merged.bias)
+    return conv
+
+
+def make_network(device: torch.device, name: str = "sw_tiny", **arguments: Any) -> nn.Module:
+    """A network of `swconv.models` or of timm in evaluation, every part of which does something."""
+    scale = {"layer_scale_init": 1.0} if timm.models.model_entrypoint(name).__module__.startswith("swconv") else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = timm.create_model("sw_tiny", layer_scale_init=1.0, **arguments)
+        model = timm.create_model(name, **scale | arguments)
         randomize_norms(model)
     return model.eval().to(device)
 
 
-def two_step_network(model: nn.Module, form: Sums) -> nn.Module:
-    """A copy of the network with its mixers in the two-step form."""
+def replaced(model: nn.Module, kind: type[nn.Module], make: Callable[[Any], nn.Module]) -> nn.Module:
+    """A copy of the network in which every module of a kind is another one."""
     model = copy.deepcopy(model)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, ShiftwiseConv2d):
-                setattr(parent, name, TwoStepMixer(child, form))
+            if isinstance(child, kind):
+                setattr(parent, name, make(child))
     return model
+
+
+def two_step_network(model: nn.Module, form: Sums) -> nn.Module:
+    """The network with its mixers in the two-step form."""
+    return replaced(model, ShiftwiseConv2d, partial(TwoStepMixer, form=form))
+
+
+def padded_before(model: nn.Module) -> nn.Module:
+    """The network with the zeros of its large depthwise convolutions laid around the map beforehand."""
+    def large(conv: nn.Conv2d) -> nn.Module:
+        return PaddedConv2d(conv) if conv.groups > 1 and max(conv.kernel_size) > 13 else conv
+
+    return replaced(model, nn.Conv2d, large)
+
+
+def whole_network(model: nn.Module, form: str) -> dict[str, nn.Module]:
+    """A network in evaluation, in one of its forms, with the ways to run that form.
+
+    Parameters
+    ----------
+    form : str
+        "merged": all folded, on our kernels where they are SW's or SLaK's. "two_step": SW as published. "plain": SLaK before
+        its merge, in torch's convolutions. "square": large kernels merged to M x M convolutions of torch. "as_is": unchanged.
+
+    Returns
+    -------
+    dict of str to nn.Module
+        "" where there is one way; else the padding of large convolutions inside or before them, which changes their speed.
+    """
+    match form:
+        case "as_is":
+            return {"": model}
+        case "merged":
+            return {"": timm.utils.reparameterize_model(model)}
+        case "two_step":
+            return {"": two_step_network(model, two_step)}
+        case "plain":
+            model = replaced(model, StripConv2d, PlainStrips)
+        case "square":
+            model = timm.utils.reparameterize_model(replaced(model, StripConv2d, square))
+        case _:
+            raise ValueError(f"a network's form is as_is, merged, two_step, plain or square, got {form!r}.")
+    return {"padding inside": model, "padding before": padded_before(model)}

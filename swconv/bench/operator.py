@@ -4,8 +4,6 @@ import copy
 import itertools
 import logging
 import math
-import os
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,12 +15,12 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from swconv import atomic, fingerprint
+from swconv import atomic
 from swconv.bench import forms, page, work
+from swconv.bench.circumstances import check_ready, circumstances, device_name
 from swconv.bench.timing import Contender, Pace, Progress, ceilings, compare, training_memory
 from swconv.bench.work import Stage
-from swconv.ops import ShiftwiseConv2d, native
-from swconv.training import record
+from swconv.ops import ShiftwiseConv2d
 from swconv.training.memory import keep_freed_memory
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -99,10 +97,9 @@ def run(out: Path, device: str = "cpu", quick: bool = False) -> tuple[Path, Path
         When the device or the compiled operators are missing, or a result is wrong; nothing is written.
     """
     where = torch.device(device)
-    _check_ready(where)
+    check_ready(where, "operator")
     found = measure(plan_for(where, quick), where) | {"quick": quick}
-    name = "cpu" if where.type == "cpu" else re.sub(r"[^a-z0-9]+", "-", found["hardware"]["gpu"].lower()).strip("-")
-    paths = tuple(out / f"operator-{name}{'-quick' if quick else ''}.{kind}" for kind in ("json", "md"))
+    paths = tuple(out / f"operator-{device_name(found)}.{kind}" for kind in ("json", "md"))
     atomic.write_json(paths[0], found)
     atomic.write_atomic(paths[1], page.render(found).encode())
     log.info("wrote %s and %s", *paths)
@@ -116,7 +113,7 @@ def measure(plan: Plan, device: torch.device) -> dict[str, Any]:
     bar = Progress(1 + 4 * len(plan.stages) + 1 + len(plan.batches))
     errors, times, memory = [], [], []
     with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=False):
-        told = _circumstances(plan, device)
+        told = circumstances("operator", device, "swconv.bench.operator", plan=asdict(plan), tolerance=TOLERANCE)
         bar.step("what the machine can do")
         tops = ceilings(plan.threads, plan.product, plan.copied, 4, device)
         for stage in plan.stages:
@@ -144,29 +141,6 @@ def measure(plan: Plan, device: torch.device) -> dict[str, Any]:
         bar.close()
     return told | {"seconds": round(time.perf_counter() - start, 1), "ceilings": tops, "errors": errors, "times": times,
                    "memory": memory}
-
-
-def _check_ready(device: torch.device) -> None:
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("bench operator --device cuda needs a GPU that torch sees, found none. "
-                           "Leave --device out to measure the CPU.")
-    if not native.handles(torch.zeros(1, device=device), "strip_mix" if device.type == "cpu" else "shift_add_atomic"):
-        raise RuntimeError(f"bench operator needs the compiled operators for {device.type}, and they do not load. "
-                           "Build them: python -m swconv build.")
-
-
-def _circumstances(plan: Plan, device: torch.device) -> dict[str, Any]:
-    code = fingerprint.fingerprint("swconv.bench.operator", csrc=True)
-    told = record.circumstances(key="", run="", profile="", seed=0, code=code, config={}, data_sha256="")
-    kept = ("git_commit", "git_dirty", "library_sha256", "code", "started", "hardware", "versions", "flags")
-    probe = torch.zeros(1, device=device)
-    flags = {"cpu_capability": torch.backends.cpu.get_cpu_capability(), "cudnn_benchmark": torch.backends.cudnn.benchmark,
-             **{name: os.environ.get(name) for name in ("SWCONV_CPU", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")}}
-    versions = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()} if device.type == "cuda" else {}
-    kept = {name: told[name] for name in kept}
-    return {"suite": "operator", "device": device.type, "engine": native.strip_engine(probe),
-            "load_before": round(os.getloadavg()[0], 2), **kept, "flags": kept["flags"] | flags,
-            "versions": kept["versions"] | versions, "plan": asdict(plan), "tolerance": TOLERANCE}
 
 
 # ---- inputs and calls

@@ -35,7 +35,8 @@ def footnote(results: Results) -> str:
     groups: dict[str, list[str]] = {}
     for run in results.finished:
         key = (run.circumstances["key"] or "none")[:KEY_CHARACTERS]
-        groups.setdefault(f"{_commit(run)}, {_machine(run)}", []).append(f"seed {run.seed} key `{key}`")
+        told = f"seed {run.seed} key `{key}`" + (", diverged" if run.diverged else "")
+        groups.setdefault(f"{_commit(run)}, {_machine(run)}", []).append(told)
     parts = [f"{', '.join(seeds)}, {made}" for made, seeds in groups.items()]
     parts += [f"seed {seed} not run" for seed in results.missing]
     return f"`{results.path}`: {'; '.join(parts)}. Remake: `{results.command}`."

@@ -72,11 +72,11 @@ def steps(comparison: Comparison) -> list[int]:
 def by_distance(comparison: Comparison, run: str, label: str) -> ByDistance | None:
     """The results by distance that stand behind a row; None where there are fewer than two distances."""
     results = comparison.of(run)
-    distances = _steps(results.finished)
+    distances = _steps(results.ended)
     if len(distances) < 2:
         return None
     accuracies = tuple(tuple(results.values(f"top1_distance_{distance}")) for distance in distances)
-    return ByDistance(label, results.finished, tuple(distances), accuracies)
+    return ByDistance(label, results.ended, tuple(distances), accuracies)
 
 
 def compared_lines(comparison: Comparison, rows: Sequence[Row], controls: Sequence[Control]) -> dict[str, ByDistance]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from swconv.atomic import write_atomic
 
 STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#CC79A7", "^"), ("#009E73", "D"), ("#E69F00", "v"), ("#56B4E9", "P"))
+MOST_TICKS = 12  # of x; more places than that get round ones
 LEVEL_STYLES = ((0, (5, 3)), (0, (1, 2)))  # of reference lines
 
 
@@ -31,6 +32,7 @@ def draw_lines(
     labels: tuple[str, str],
     path: Path,
     limits: tuple[float, float | None] = (0, 100),
+    logarithmic: bool = False,
 ) -> None:
     """Draw lines with a band of one sd over dashed reference levels, and save them.
 
@@ -46,6 +48,8 @@ def draw_lines(
         Its suffix names the format: svg, or png to look at.
     limits : (float, float or None)
         Of the y axis; None leaves room for the highest line.
+    logarithmic : bool
+        Of the x axis.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -56,6 +60,7 @@ def draw_lines(
         figure = Figure(figsize=(8, 5.2), dpi=100, layout="constrained")  # inches: 800 x 520 px
         axes = figure.add_subplot()
         for line, (colour, marker) in zip(lines, itertools.cycle(STYLES), strict=False):
+            marker = marker if len(line.x) <= MOST_TICKS else None
             axes.plot(line.x, line.mean, color=colour, marker=marker, markersize=7, linewidth=2, label=line.label)
             spread = [value or 0.0 for value in line.sd]
             low = [value - half for value, half in zip(line.mean, spread, strict=True)]
@@ -63,8 +68,14 @@ def draw_lines(
             axes.fill_between(line.x, low, high, color=colour, alpha=0.18, linewidth=0)
         for (label, level), dashes in zip(levels, itertools.cycle(LEVEL_STYLES), strict=False):
             axes.axhline(level, color="#555555", linestyle=dashes, linewidth=1.4, label=label)
-        if lines:
-            axes.set_xticks(sorted({x for line in lines for x in line.x}))
+        if logarithmic and lines:
+            axes.set_xscale("log")
+        places = sorted({x for line in lines for x in line.x})
+        if 0 < len(places) <= MOST_TICKS:
+            axes.set_xticks(places, [f"{place:g}" for place in places])
+            axes.minorticks_off()
+        elif places:
+            axes.locator_params(axis="x", integer=True)
         else:
             axes.set_xticks([])
             axes.text(0.5, 0.6, "not run", transform=axes.transAxes, ha="center")
@@ -75,7 +86,8 @@ def draw_lines(
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         figure.suptitle(title, fontsize=12)
-        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=10)
+        if lines or levels:
+            figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=10)
         drawn = io.BytesIO()
         kind = path.suffix[1:]
         figure.savefig(drawn, format=kind, metadata={"Date": None} if kind == "svg" else None)

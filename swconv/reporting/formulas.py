@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 
-from swconv.atomic import write_atomic
 from swconv.reporting.table import markdown_table
 
 STAGES = ((56, 51), (28, 49), (14, 47), (7, 13))  # side H = W of the map and extent M, in pixels
@@ -56,8 +55,8 @@ FORMULAS: Sequence[tuple[str, Formula]] = (
 )
 
 
-def build_table1(claims: Path, out: Path, command: str) -> None:
-    """Write table1.md: what the paper prints, the formula as it should be, and its value per channel and stage.
+def section(claims: Path) -> str:
+    """What the paper prints as a formula, the formula as it should be, and its value per channel and stage, as Markdown.
 
     Raises
     ------
@@ -70,16 +69,13 @@ def build_table1(claims: Path, out: Path, command: str) -> None:
         raise ValueError(f"{claims} needs the rows {', '.join(label for label, _ in FORMULAS)}, got "
                          f"{', '.join(row['id'] for row in printed)}.")
     rows = [
-        [row["id"], row["method"], row["in1k_top1_acc_pct_300ep"], row["in1k_top1_acc_pct_120ep"], "not run",
-         row["param_formula"], formula.text, *(f"{formula.value(*stage):,.0f}" for stage in STAGES), formula.note]
+        [f"{row['id']}, {row['method']}", row["param_formula"], formula.text,
+         *(f"{formula.value(*stage):,.0f}" for stage in STAGES), formula.note]
         for row, (_, formula) in zip(printed, FORMULAS, strict=True)
     ]
     stages = [f"H = {side}, M = {extent}" for side, extent in STAGES]
-    header = ["id", "method", "paper, 300 epochs", "120 epochs", "ours (ImageNet)", "paper's formula", "as it should be",
-              *stages, "note"]
-    text = "\n".join([
-        "# SW Table 1: from SLaK to shared filters", "",
-        "The paper heads its formulas `#param`; they hold H and W and count multiply-adds of the large kernel per channel.",
-        "Values are for N = 5 (N3 = 3) and G = 0.23 at 224 px, per channel of the layer. Accuracies need ImageNet.", "",
-        markdown_table(header, rows), "", f"Remake: `{command}`.", ""])
-    write_atomic(out, text.encode())
+    return "\n\n".join([
+        "## Formulas",
+        "The paper heads its formulas `#param`; they hold H and W and count multiply-adds of the large kernel per channel. "
+        "Values are for N = 5 (N3 = 3) and G = 0.23 at 224 px, per channel of the layer.",
+        markdown_table(["id, method", "paper's formula", "as it should be", *stages, "note"], rows)])

@@ -33,7 +33,7 @@ SETTINGS: dict[str, Callable[[Config], str]] = {
     "dims": lambda c: str(list(c["model"]["args"]["dims"])),
     "kernel size": lambda c: str([*c["model"]["args"]["kernel_sizes"], c["model"]["args"]["small_kernel"]]),
     "u": lambda c: _plain(c["recipe"]["sparsity"]["update_every"]),
-    "prune": lambda c: "magnitude_sum" if c["recipe"]["sparsity"]["granularity"] == "filter" else "magnitude",
+    "prune": lambda c: c["recipe"]["sparsity"]["prune"],
     "only L": lambda c: str(c["recipe"]["sparsity"]["others"] == "none"),
 }
 

@@ -34,6 +34,11 @@ class Run:
     values: Mapping[str, float]
     circumstances: Mapping[str, Any]
 
+    @property
+    def diverged(self) -> bool:
+        """Whether its training was stopped at the step ``values["diverged"]``, because its loss was none."""
+        return "diverged" in self.values and "top1" not in self.values
+
 
 @dataclass(frozen=True)
 class Results:
@@ -54,6 +59,11 @@ class Results:
     finished: tuple[Run, ...]
     missing: tuple[int, ...]
     command: str
+
+    @property
+    def ended(self) -> tuple[Run, ...]:
+        """Those that did not diverge."""
+        return tuple(run for run in self.finished if not run.diverged)
 
     def values(self, name: str) -> list[float]:
         """The named result of every finished seed that has it, in the order of seeds."""
@@ -86,6 +96,8 @@ class Evidence:
     def read(self, run: str) -> Results:
         """Read exactly the named seeds of one run; what is absent is reported as absent, never raised.
 
+        A training that diverged has ``diverged`` among its values and needs no evaluation.
+
         Raises
         ------
         ValueError
@@ -95,9 +107,11 @@ class Evidence:
         for seed in self.seeds:
             evaluated = self.artifacts / self.profile / "evaluate" / run / f"seed{seed}"
             trained = self.artifacts / self.profile / "train" / run / f"seed{seed}"
-            training, evaluation = (_read(folder / "run.json") for folder in (trained, evaluated))
+            training, evaluation = (read_record(folder / "run.json") for folder in (trained, evaluated))
             if (evaluated / "metrics.json").exists() and evaluation is not None:
                 finished.append(self._run(run, seed, evaluated, trained, training, evaluation))
+            elif training is not None and "diverged" in (read_record(trained / "metrics.json") or {}):
+                finished.append(self._run(run, seed, trained, trained, training, {}))
             else:
                 missing.append(seed)
                 if (evaluated / "metrics.json").exists():
@@ -105,14 +119,31 @@ class Evidence:
         path = self._name(self.artifacts / self.profile / "evaluate" / run / "seed*" / "metrics.json")
         return Results(path, tuple(finished), tuple(missing), self._remake(run, self.seeds))
 
-    def _run(self, run: str, seed: int, evaluated: Path, trained: Path, training: dict | None, evaluation: dict) -> Run:
-        path = evaluated / "metrics.json"
+    def epochs(self, run: str, seed: int) -> list[dict[str, Any]]:
+        """The lines that a training logged at the end of its epochs, oldest first; none where there is no log.
+
+        Raises
+        ------
+        ValueError
+            If a line is not JSON.
+        """
+        path = self.artifacts / self.profile / "train" / run / f"seed{seed}" / "log.jsonl"
+        if not path.exists():
+            return []
+        try:
+            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        except ValueError as error:
+            raise ValueError(f"{path} needs one JSON object per line, got: {error}. Delete it and remake its run.") from error
+        return [line for line in lines if "epoch" in line]
+
+    def _run(self, run: str, seed: int, measured: Path, trained: Path, training: dict | None, evaluation: dict) -> Run:
+        path = measured / "metrics.json"
         record = training or evaluation  # weights that were not trained here have no training record
         hardware, flags = record.get("hardware", {}), record.get("flags", {})
         return Run(
             path=self._name(path),
             seed=seed,
-            values=_values(path),
+            values=read_values(path),
             circumstances={
                 "key": record.get("key"),
                 "evaluate_key": evaluation.get("key"),
@@ -138,7 +169,8 @@ class Evidence:
         return path.relative_to(self.artifacts.parent).as_posix()
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def read_record(path: Path) -> dict[str, Any] | None:
+    """A JSON object, or None where there is no file; ValueError where it is none."""
     if not path.exists():
         return None
     try:
@@ -150,9 +182,10 @@ def _read(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def _values(path: Path) -> dict[str, float]:
+def read_values(path: Path) -> dict[str, float]:
+    """`metrics.json` by name, units left out; ValueError for a value that is no finite number."""
     values = {}
-    for name, entry in (_read(path) or {}).items():
+    for name, entry in (read_record(path) or {}).items():
         value = entry.get("value") if isinstance(entry, dict) else None
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError(

@@ -111,14 +111,16 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def read_claims(path: Path, column: str) -> dict[str, str]:
-    """One column of a table that a paper prints, by row id, as printed.
+def read_claims(path: Path, column: str, named_by: Sequence[str] = ("id",)) -> dict[str, str]:
+    """One column of a table that a paper prints, as printed, by the name of the row.
 
     Parameters
     ----------
     path : Path
         A file of reports/paper.
     column : str
+    named_by : sequence of str
+        Columns whose values, joined by commas, name a row.
 
     Raises
     ------
@@ -129,12 +131,19 @@ def read_claims(path: Path, column: str) -> dict[str, str]:
         reader = csv.DictReader(file)
         rows = list(reader)
         names = reader.fieldnames or []
-    if "id" not in names or column not in names:
-        raise ValueError(f"{path} needs the columns id and {column}, got {', '.join(names)}.")
-    claims = {row["id"]: row[column] for row in rows}
+    if lacking := [name for name in (*named_by, column) if name not in names]:
+        raise ValueError(f"{path} needs the columns {' and '.join((*named_by, column))}, got {', '.join(names)}: no "
+                         f"{' and no '.join(lacking)}.")
+    claims = {", ".join(row[name] for name in named_by): row[column] for row in rows}
     if len(claims) != len(rows):
-        raise ValueError(f"{path} needs one line per id, got {len(rows)} lines for {len(claims)} ids.")
+        raise ValueError(f"{path} needs one line per {' and '.join(named_by)}, got {len(rows)} lines for {len(claims)} names.")
     return claims
+
+
+def read_sheet(path: Path) -> list[dict[str, str]]:
+    """The lines of a spreadsheet that `Sheet.write_csv` wrote, by column."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def interval_cells(name: str, interval: Interval | None, unit: str, runs: tuple[Run, ...]) -> dict[str, Cell]:

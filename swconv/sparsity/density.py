@@ -1,17 +1,21 @@
-"""How dense each layer is at the start: SNIP scores, ranked over the whole network."""
+"""How dense each layer is at the start: SNIP scores ranked over the whole network, or ERK by shape."""
 
 import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+
+from swconv.models.sync_norm import SyncBatchNorm2d
 
 
 def snip_scores(model: nn.Module, names: Iterable[str], images: Tensor, labels: Tensor, seed: int) -> dict[str, Tensor]:
     """Score every weight by what its removal would do to the loss of one micro-batch, to first order.
 
     The network runs in training mode, as in the published code, but as a copy: the buffers of `model` and the global
-    random generators are as before.
+    random generators are as before. Its synchronised BatchNorms see this batch alone, so that one process may score
+    while the others wait.
 
     Parameters
     ----------
@@ -35,6 +39,9 @@ def snip_scores(model: nn.Module, names: Iterable[str], images: Tensor, labels: 
     Lee et al., SNIP (ICLR 2019), as SLaK section 4 uses it.
     """
     twin = copy.deepcopy(model).train()
+    for module in twin.modules():
+        if isinstance(module, (SyncBatchNorm2d, nn.SyncBatchNorm)):
+            module.__class__ = nn.BatchNorm2d
     weights = {name: twin.get_parameter(name) for name in names}
     cuda = [images.device] if images.is_cuda else []
     with torch.random.fork_rng(devices=cuda), torch.enable_grad():
@@ -93,3 +100,34 @@ def ranked_densities(scores: Mapping[str, Tensor], level: float) -> dict[str, fl
     keep = max(1, int(everything.numel() * (1 - level)))
     threshold = everything.sort(descending=True).values[keep - 1]
     return {name: (score > threshold).double().mean().item() for name, score in scores.items()}
+
+
+def erk_densities(shapes: Mapping[str, Sequence[int]], level: float) -> dict[str, float]:
+    """Give each weight a density in proportion to sum(shape) / prod(shape): Erdos-Renyi with kernels.
+
+    Parameters
+    ----------
+    shapes : mapping of str to sequence of int
+        Shapes of the weights.
+    level : float
+        Share of all weights together to drop, 0 < level < 1.
+
+    Returns
+    -------
+    dict of str to float
+        Densities whose mean over all single weights is 1 - level; what would exceed 1 is dense, and the rest makes up.
+
+    Notes
+    -----
+    Evci et al., RigL (ICML 2020), as SLaK offers it beside SNIP.
+    """
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    raw = {name: sum(shape) / sizes[name] for name, shape in shapes.items()}
+    budget, sparse = (1 - level) * sum(sizes.values()), set(shapes)
+    while True:
+        left = budget - sum(sizes[name] for name in shapes if name not in sparse)
+        scale = left / sum(raw[name] * sizes[name] for name in shapes if name in sparse)
+        top = max(raw[name] for name in sparse)
+        if scale * top <= 1:
+            return {name: scale * raw[name] if name in sparse else 1.0 for name in shapes}
+        sparse -= {name for name in sparse if raw[name] == top}

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
-from swconv.sparsity.density import join_branches, ranked_densities, snip_scores
-from swconv.sparsity.masks import OTHERS, Layer, draw, prune_and_grow, select_layers, subset_update
+from swconv.sparsity.density import erk_densities, join_branches, ranked_densities, snip_scores
+from swconv.sparsity.masks import OTHERS, Layer, draw, grow, prune, select_layers, subset_update
 
 FINAL_PRUNE_RATE = 0.005
 DENSE = 0.99  # a mask drawn at least this full is not used
@@ -19,7 +20,9 @@ DENSE = 0.99  # a mask drawn at least this full is not used
 _CHOICES = {
     "granularity": ("filter", "element"),
     "others": OTHERS,
+    "density": ("snip", "erk", "uniform", "nonzero"),
     "scores": ("sum", "concat"),
+    "prune": ("magnitude", "magnitude_sum"),
     "growth": ("bernoulli", "exact"),
 }
 _log = logging.getLogger(__name__)
@@ -29,7 +32,17 @@ class SparseTraining:
     """Dynamic sparsity of SLaK (element-wise) and SW (per filter, over Rep branches).
 
     Call `initialise` once before the first step, or `load_state_dict` on resume; then `step` after every optimizer
-    step (not after a step that a gradient scaler skipped).
+    step that moved the weights.
+
+    With mixed precision the masks act on the float32 weights that the optimizer moves: nothing else is to be done
+    under autocast. A step that a gradient scaler skipped counts as none, so call `step` only if the scaler's scale did
+    not fall: `before = scaler.get_scale(); scaler.step(optimizer); scaler.update(); scaler.get_scale() >= before`.
+
+    With several processes (a default process group is initialised) give every process the bare network of the same
+    weights and the same arguments, and call every method in all of them at the same point. Rank 0 scores its own
+    micro-batch, draws all masks and decides every update; the masks are broadcast at the start and at updates, at no
+    other step, and all processes mask alike and return the same log line. The generator moves in rank 0 alone: save
+    rank 0's `state_dict`, and load it in every process. Masks depend on rank 0's first micro-batch, hence on its size.
 
     Parameters
     ----------
@@ -40,14 +53,21 @@ class SparseTraining:
     seed : int
         Of the private generator of all mask draws.
     level : float
-        Share of weights that is dead at the start, over each ranking.
+        Share of weights (filters) that is dead at the start, over each ranking.
     granularity : {"filter", "element"}
         Masks on the large kernels: per filter, with one SNIP ranking for the large kernels and one for the rest
         (SW); or element-wise, with one ranking for all (SLaK).
     others : {"none", "pointwise", "body", "all"}
         What else is sparse, element-wise; see `select_layers`.
+    density : {"snip", "erk", "uniform", "nonzero"}
+        How the level is divided among the layers of a ranking: by SNIP, by shape (`erk_densities`), or evenly. Or not at
+        all: the masks are where the weights are not zero, to fine-tune sparse weights (official `sparse_init resume`).
     scores : {"sum", "concat"}
         SNIP scores of the Rep branches of a layer, see `join_branches`.
+    prune : {"magnitude", "magnitude_sum"}
+        By what entries are pruned: each weight's own magnitude at every update, so that the masks of Rep branches part
+        (official `sparse_type origin`, SLaK); or magnitudes summed over the filter, where masks are per filter, and at
+        shared updates over the branches (all its other values). The same for an element-wise layer of one branch.
     update_every : int
         Optimizer steps between updates of the masks ("u", "f").
     prune_rate : float
@@ -63,7 +83,7 @@ class SparseTraining:
     Attributes
     ----------
     masks : dict of str to bool Tensor
-        By parameter name, on the device of the parameter. Layers that are dense from the start have none.
+        By parameter name, on the device of the parameter. Layers drawn 0.99 full or more are dense for good, without one.
     steps : int
         Optimizer steps taken.
 
@@ -74,10 +94,18 @@ class SparseTraining:
 
     Notes
     -----
-    SLaK section 4 and appendix B; SW section 3 and Table 8. As published, SNIP gives only the density of each layer
-    and the mask is random; gradients stay dense, so AdamW's moments of dead weights keep moving and are not reset;
-    momentum of SGD is masked. Other than published: all branches are masked from the start (published: from the first
-    step on), and the pointwise layers are updated at shared updates too (published: `rep_coarse` skips them there).
+    SLaK section 4 and appendix B; SW section 3 and Table 8. As published:
+
+    - SNIP gives only the density of each layer; the mask is random, and every branch starts from the same one.
+    - The optimizer knows no masks. Gradients stay dense and dead weights take part in every step, after which they are
+      set to zero; AdamW's moments of dead weights keep moving and are never reset, so that a weight that grows starts at
+      zero with warm moments. Momentum of SGD is masked.
+    - A moving average (`average`) is masked as the model is, and a weight that grew enters it at its full value.
+
+    Other than published: all branches are masked from the start (published: from the first step on), the pointwise
+    layers are updated at shared updates too (published: `rep_coarse` skips them there), masks are broadcast at updates
+    (published: at every step) from scores of rank 0 (published: every rank scores its own batch, and they may disagree
+    on which layers stay dense), and mixed precision trains sparsely (published: with `use_amp` no mask is ever applied).
     """
 
     def __init__(
@@ -89,14 +117,17 @@ class SparseTraining:
         level: float = 0.4,
         granularity: str = "filter",
         others: str = "pointwise",
+        density: str = "snip",
         scores: str = "sum",
+        prune: str = "magnitude_sum",
         update_every: int = 100,
         prune_rate: float = 0.3,
         share_every: int = 1,
         subset: bool = False,
         growth: str = "bernoulli",
     ):
-        given = {"granularity": granularity, "others": others, "scores": scores, "growth": growth}
+        given = {"granularity": granularity, "others": others, "density": density, "scores": scores, "prune": prune,
+                 "growth": growth}
         for key, value in given.items():
             if value not in _CHOICES[key]:
                 raise ValueError(f"Sparse training needs {key} to be one of {', '.join(_CHOICES[key])}; got {value!r}.")
@@ -106,17 +137,25 @@ class SparseTraining:
                 f"share_every of at least 1; got {level=}, {prune_rate=}, {total_steps=}, {update_every=}, "
                 f"{share_every=}. Leave the recipe's sparsity out (null) to train densely."
             )
+        if prune == "magnitude" and (granularity == "filter" or share_every != 1 or subset):
+            raise ValueError(
+                "Sparse training with prune magnitude needs granularity element, share_every 1 and subset False, because it "
+                f"sums over no filter and no branch; got {granularity=}, {share_every=}, {subset=}. Set prune: magnitude_sum."
+            )
         self.layers = select_layers(model, granularity, others)
         self.masks: dict[str, Tensor] = {}
         self.steps = 0
         self._model = model
         self._weights = {name: model.get_parameter(name) for layer in self.layers for name in layer.branches}
         self._generator = Generator().manual_seed(seed)
+        self._alive: dict[str, int] = {}                              # entries of each mask: read once, at updates
         self._ready = False
         self._total_steps = total_steps
         self._level = level
         self._joint = granularity == "element"
+        self._density = density
         self._scores = scores
+        self._prune = prune
         self._update_every = update_every
         self._prune_rate = prune_rate
         self._share_every = share_every
@@ -129,33 +168,36 @@ class SparseTraining:
         final = min(FINAL_PRUNE_RATE, self._prune_rate)
         return final + (self._prune_rate - final) * (1 + math.cos(math.pi * self.steps / self._total_steps)) / 2
 
-    def initialise(self, images: Tensor, labels: Tensor) -> None:
-        """Draw the masks from SNIP densities on one micro-batch, and mask the weights.
+    def initialise(self, images: Tensor | None = None, labels: Tensor | None = None) -> None:
+        """Draw the masks, by SNIP from one micro-batch, and mask the weights.
 
         Parameters
         ----------
-        images : Tensor of shape (B, C, H, W)
-        labels : int64 Tensor of shape (B,)
+        images : Tensor of shape (B, C, H, W), optional
+            Needed for SNIP; of several processes only rank 0 looks at it.
+        labels : int64 Tensor of shape (B,), optional
+
+        Raises
+        ------
+        ValueError
+            If SNIP finds nothing to rank, or density is "nonzero" and no weight is zero.
         """
-        seed = int(torch.randint(2**63 - 1, (), generator=self._generator))
-        scores = snip_scores(self._model, self._weights, images, labels, seed)
-        rankings: dict[bool, dict[str, Tensor]] = defaultdict(dict)
+        drawn = self._drawn(images, labels)
+        masks = dict(zip(drawn, _agreed(list(drawn.values())), strict=True))
+        alive = dict(zip(drawn, _read([mask.sum() for mask in masks.values()]), strict=True))
+        self.masks, self._alive = {}, {}
         for layer in self.layers:
-            parts = [layer.reduce(scores[name], "mean") for name in layer.branches]
-            rankings[self._joint or layer.large_kernel][layer.name] = join_branches(parts, self._scores)
-        densities: dict[str, float] = {}
-        for ranking in rankings.values():
-            densities |= ranked_densities(ranking, self._level)
-        self.masks = {}
-        for layer in self.layers:
-            mask = draw(self._mask_shape(layer), densities[layer.name], self._generator)
-            share = _share(mask)
-            _log.info("%s: SNIP density %.3f, drawn %.3f", layer.name, densities[layer.name], share)
-            if share == 0:
+            share = sum(alive[name] / masks[name].numel() for name in layer.branches) / len(layer.branches)
+            if _leads():
+                _log.info("%s: density %.3f", layer.name, share)
+            if share == 0 and _leads():
                 _log.warning("%s starts with an empty mask, and no update will grow it", layer.name)
             if share < DENSE:
-                for name in layer.branches:
-                    self.masks[name] = mask.to(self._weights[name].device, copy=True)
+                self.masks |= {name: masks[name] for name in layer.branches}
+                self._alive |= {name: alive[name] for name in layer.branches}
+        if self._density == "nonzero" and not self.masks:
+            raise ValueError("Sparse training with density nonzero needs sparse weights to start from, got none that are zero. "
+                             "Start from sparse weights, or set density: snip.")
         self._ready = True
         self._apply()
 
@@ -166,9 +208,9 @@ class SparseTraining:
         Returns
         -------
         dict or None
-            None, or the log line of an update: step, rate, whether the branches shared it, density of each masked
-            weight, weights (not filters) that went (`removed`) and came (`grown`) in all masks together (what was
-            pruned and grew back counts in neither), and `overlap`, the Jaccard index of each layer's branch masks.
+            None, or the log line of an update: step, rate, whether the branches shared it; by the name of each masked
+            weight its `density`, and how many single weights (not filters) went (`removed`) and came (`grown`; what was
+            pruned and grew back counts in neither); and `overlap`, the Jaccard index of each layer's branch masks.
 
         Raises
         ------
@@ -181,25 +223,12 @@ class SparseTraining:
         self.steps += 1
         if self.steps % self._update_every:
             return None
-        before = self.masks
-        shared = self.steps // self._update_every % self._share_every == 0
-        live = [layer for layer in self.layers if layer.branches[0] in before]
-        self.masks = {name: mask for layer in live for name, mask in self._updated(layer, shared).items()}
+        shared = self._prune == "magnitude_sum" and self.steps // self._update_every % self._share_every == 0
+        before, live = self.masks, [layer for layer in self.layers if layer.branches[0] in self.masks]
+        after = self._updated(live, shared) if _leads() else before
+        self.masks = dict(zip(before, _agreed([after[name] for name in before]), strict=True))
         self._apply(optimizer)
-        return {
-            "event": "prune",
-            "step": self.steps,
-            "rate": self.rate,
-            "shared": shared,
-            "density": {name: _share(mask) for name, mask in self.masks.items()},
-            "removed": sum(self._count(name, mask & ~self.masks[name]) for name, mask in before.items()),
-            "grown": sum(self._count(name, mask & ~before[name]) for name, mask in self.masks.items()),
-            "overlap": {
-                layer.name: _jaccard([self.masks[name] for name in layer.branches])
-                for layer in live
-                if len(layer.branches) > 1
-            },
-        }
+        return {"event": "prune", "step": self.steps, "rate": self.rate, "shared": shared} | self._change(before, live)
 
     @torch.no_grad()
     def average(self, average: nn.Module, update: Callable[[], None]) -> None:
@@ -221,11 +250,9 @@ class SparseTraining:
 
     def density(self) -> float:
         """Share of the weights in the sparse layers that live; layers that stayed dense count as alive."""
-        alive = sum(
-            self._count(name, self.masks[name]) if name in self.masks else weight.numel()
-            for name, weight in self._weights.items()
-        )
-        return alive / sum(weight.numel() for weight in self._weights.values())
+        sizes = {name: weight.numel() for name, weight in self._weights.items()}
+        alive = sum(self._per_entry(name) * self._alive[name] if name in self.masks else sizes[name] for name in sizes)
+        return alive / sum(sizes.values())
 
     def state_dict(self) -> dict[str, Any]:
         """Masks (bool, CPU), steps and generator state; nothing but tensors, int, str and dict."""
@@ -252,6 +279,7 @@ class SparseTraining:
                     "Resume with the model and the sparsity settings that the checkpoint was made with."
                 )
         self.masks = {name: mask.to(self._weights[name].device, copy=True) for name, mask in state["masks"].items()}
+        self._alive = dict(zip(self.masks, _read([mask.sum() for mask in self.masks.values()]), strict=True))
         self.steps = state["steps"]
         self._generator.set_state(state["generator"].cpu())
         self._ready = True
@@ -265,38 +293,104 @@ class SparseTraining:
             if momentum is not None:
                 momentum.mul_(mask)
 
-    def _updated(self, layer: Layer, shared: bool) -> dict[str, Tensor]:
-        masks = {name: self.masks[name] for name in layer.branches}
-        scores = {name: layer.reduce(self._weights[name].abs(), "sum") for name in layer.branches}
-        change = {"rate": self.rate, "growth": self._growth, "generator": self._generator}
-        if not shared:
-            return {name: prune_and_grow(masks[name], scores[name], **change)[1] for name in layer.branches}
-        base = masks[layer.branches[0]]
-        score = torch.stack(list(scores.values())).sum(0)
-        pruned, grown = prune_and_grow(base, score, **change)
-        updated = {layer.branches[0]: grown}
-        for name in layer.branches[1:]:
-            updated[name] = (
-                subset_update(masks[name], base, pruned, grown, score, self.rate, self._generator)
-                if self._subset
-                else grown.clone()
-            )
-        return updated
+    def _drawn(self, images: Tensor | None, labels: Tensor | None) -> dict[str, Tensor]:
+        """A first mask of every weight, one for all branches; on other ranks than 0 what only has its shape."""
+        weights = {name: (layer, self._weights[name]) for layer in self.layers for name in layer.branches}
+        if self._density == "nonzero" or not _leads():
+            return {name: layer.reduce(weight.detach() != 0, "any") for name, (layer, weight) in weights.items()}
+        densities = self._densities(images, labels)
+        drawn = {layer.name: draw(self._mask_shape(layer), densities[layer.name], self._generator) for layer in self.layers}
+        return {name: drawn[layer.name].to(weight.device) for name, (layer, weight) in weights.items()}
+
+    def _densities(self, images: Tensor | None, labels: Tensor | None) -> dict[str, float]:
+        """Of each layer; the large kernels and the rest each meet the level, or all together (`_joint`)."""
+        if self._density == "uniform":
+            return {layer.name: 1 - self._level for layer in self.layers}
+        rankings: dict[bool, list[Layer]] = defaultdict(list)
+        for layer in self.layers:
+            rankings[self._joint or layer.large_kernel].append(layer)
+        densities: dict[str, float] = {}
+        if self._density == "erk":
+            for layers in rankings.values():
+                shapes = {name: self._weights[name].shape for layer in layers for name in layer.branches}
+                found = erk_densities(shapes, self._level)
+                densities |= {layer.name: found[layer.branches[0]] for layer in layers}
+            return densities
+        seed = int(torch.randint(2**63 - 1, (), generator=self._generator))
+        scores = snip_scores(self._model, self._weights, images, labels, seed)
+        for layers in rankings.values():
+            parts = {layer.name: [layer.reduce(scores[name], "mean") for name in layer.branches] for layer in layers}
+            joined = {name: join_branches(part, self._scores) for name, part in parts.items()}
+            densities |= ranked_densities(joined, self._level)
+        return densities
+
+    def _updated(self, live: list[Layer], shared: bool) -> dict[str, Tensor]:
+        """Prune all layers, then grow them: between the two the device is waited for once, to read what died."""
+        pruned: dict[str, Tensor] = {}                                # of branch 0 alone where all share its mask
+        joint: dict[str, Tensor] = {}                                 # scores that the subsets of branch 0 need
+        for layer in live:
+            scores = [layer.reduce(self._weights[name].abs(), "sum") for name in layer.branches]
+            if shared:
+                scores = [torch.stack(scores).sum(0)]
+                joint |= {layer.branches[0]: scores[0]} if self._subset else {}
+            for name, score in zip(layer.branches, scores, strict=False):
+                pruned[name] = prune(self.masks[name], score, self.rate, self._alive[name])
+        left = dict(zip(pruned, _read([mask.sum() for mask in pruned.values()]), strict=True))
+        after: dict[str, Tensor] = {}
+        for layer in live:
+            for name in layer.branches:
+                first = layer.branches[0]
+                if name in pruned:
+                    dead = pruned[name].numel() - left[name]
+                    after[name] = grow(pruned[name], self._alive[name] - left[name], self._growth, self._generator, dead)
+                elif self._subset:
+                    after[name] = subset_update(self.masks[name], self.masks[first], pruned[first], after[first],
+                                                joint[first], self.rate, self._generator)
+                else:
+                    after[name] = after[first]
+        return after
+
+    def _change(self, before: dict[str, Tensor], live: list[Layer]) -> dict[str, dict[str, float]]:
+        """What an update did, by weight and by layer. Waits for the device once."""
+        several = [layer for layer in live if len(layer.branches) > 1]
+        stacks = [torch.stack([self.masks[name] for name in layer.branches]) for layer in several]
+        counts = _read([mask.sum() for mask in self.masks.values()]
+                       + [(mask & ~self.masks[name]).sum() for name, mask in before.items()]
+                       + [part.sum() for stack in stacks for part in (stack.all(0), stack.any(0))])
+        alive, lost, overlaps = counts[: len(before)], counts[len(before) : 2 * len(before)], counts[2 * len(before) :]
+        old, self._alive = self._alive, dict(zip(before, alive, strict=True))
+        lost = dict(zip(before, lost, strict=True))
+        return {
+            "density": {name: self._alive[name] / mask.numel() for name, mask in self.masks.items()},
+            "removed": {name: self._per_entry(name) * lost[name] for name in before},
+            "grown": {name: self._per_entry(name) * (self._alive[name] - old[name] + lost[name]) for name in before},
+            "overlap": {layer.name: both / one if one else 1.0
+                        for layer, both, one in zip(several, overlaps[::2], overlaps[1::2], strict=True)},
+        }
 
     def _mask_shape(self, layer: Layer) -> torch.Size:
         shape = self._weights[layer.branches[0]].shape
         return torch.Size((*shape[:2], 1, 1)) if layer.per_filter else shape
 
-    def _count(self, name: str, mask: Tensor) -> int:
-        """How many weights a mask, or a part of it, stands for."""
-        return int(mask.sum()) * (self._weights[name].numel() // mask.numel())
+    def _per_entry(self, name: str) -> int:
+        """How many weights an entry of a mask stands for."""
+        return self._weights[name].numel() // self.masks[name].numel()
 
 
-def _share(mask: Tensor) -> float:
-    return mask.sum().item() / mask.numel()
+def _leads() -> bool:
+    """Whether this process decides: the only one, or rank 0."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
-def _jaccard(masks: list[Tensor]) -> float:
-    stacked = torch.stack(masks)
-    union = stacked.any(0).sum().item()
-    return stacked.all(0).sum().item() / union if union else 1.0
+def _agreed(masks: list[Tensor]) -> list[Tensor]:
+    """Rank 0's masks, in all processes: one broadcast."""
+    if not masks or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return masks
+    flat = torch.cat([mask.flatten() for mask in masks]).to(torch.uint8)
+    dist.broadcast(flat, src=0)
+    return [part.view_as(mask) for part, mask in zip(flat.bool().split([mask.numel() for mask in masks]), masks, strict=True)]
+
+
+def _read(counts: list[Tensor]) -> list[int]:
+    """Numbers from the device, all at once."""
+    return torch.stack(counts).tolist() if counts else []

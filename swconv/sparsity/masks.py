@@ -49,7 +49,7 @@ class Layer:
     per_filter: bool
 
     def reduce(self, values: Tensor, how: str) -> Tensor:
-        """Bring a Tensor of the weight's shape to the mask's: 'sum' or 'mean' over each filter."""
+        """Bring a Tensor of the weight's shape to the mask's: 'sum', 'mean' or 'any' over each filter."""
         return getattr(values, how)((2, 3), keepdim=True) if self.per_filter else values
 
 
@@ -101,29 +101,33 @@ def draw(shape: tuple[int, ...], density: float, generator: Generator) -> Tensor
     return torch.rand(shape, generator=generator) < density
 
 
-def weakest_first(mask: Tensor, score: Tensor) -> Tensor:
-    """Order all entries by score; among zero scores the dead come first, then the lower index."""
-    return torch.where(mask | (score > 0), score, -1).flatten().argsort(stable=True)
+def lowest(values: Tensor, count: int) -> Tensor:
+    """Mark the `count` smallest values; of equal ones those of lower index. Waits for no device, and sorts nothing."""
+    if count == 0:
+        return torch.zeros_like(values, dtype=torch.bool)
+    flat = values.flatten()
+    last = flat.kthvalue(count).values
+    below, equal = flat < last, flat == last
+    return (below | equal & (equal.cumsum(0) <= count - below.sum())).view_as(values)
 
 
-def _cut(mask: Tensor, order: Tensor, count: int) -> Tensor:
-    """Kill the first `count` entries of an order."""
-    cut = mask.flatten().clone()
-    cut[order[:count]] = False
-    return cut.view_as(mask)
+def weakness(mask: Tensor, score: Tensor) -> Tensor:
+    """The score, but -1 where it is zero and the entry dead: of all that score zero the dead come first."""
+    return torch.where(mask | (score > 0), score, -1)
 
 
-def prune(mask: Tensor, score: Tensor, rate: float) -> Tensor:
+def prune(mask: Tensor, score: Tensor, rate: float, alive: int | None = None) -> Tensor:
     """Kill the k = z + ceil(rate * a) entries of lowest score; a entries of the mask are alive and z are dead.
 
     Where every dead entry scores 0, as with a weight's own magnitudes, exactly ceil(rate * a) die. The magnitudes
     summed over branches may score dead entries of branch 0 above 0; then more die, as in the published code.
+    `alive` is a, counted where it is not given.
     """
-    alive = int(mask.sum())
-    return _cut(mask, weakest_first(mask, score), mask.numel() - alive + math.ceil(rate * alive))
+    alive = int(mask.sum()) if alive is None else alive
+    return mask & ~lowest(weakness(mask, score), mask.numel() - alive + math.ceil(rate * alive))
 
 
-def grow(mask: Tensor, count: int, growth: str, generator: Generator) -> Tensor:
+def grow(mask: Tensor, count: int, growth: str, generator: Generator, dead: int | None = None) -> Tensor:
     """Revive dead entries at random.
 
     Parameters
@@ -134,25 +138,18 @@ def grow(mask: Tensor, count: int, growth: str, generator: Generator) -> Tensor:
     growth : {"bernoulli", "exact"}
         Each dead entry on its own with probability count / dead, so that `count` holds on average only (as
         published: the density walks at random); or exactly `count` of them.
+    generator : Generator
+        On the CPU.
+    dead : int, optional
+        Dead entries, counted where it is not given.
     """
-    dead = int((~mask).sum())
+    dead = int((~mask).sum()) if dead is None else dead
     if dead == 0 or count == 0:
         return mask
     if growth == "bernoulli":
         return mask | draw(mask.shape, count / dead, generator).to(mask.device)
-    places = (~mask).flatten().nonzero().squeeze(1)
-    chosen = torch.randperm(dead, generator=generator)[:count].to(mask.device)
-    grown = mask.flatten().clone()
-    grown[places[chosen]] = True
-    return grown.view_as(mask)
-
-
-def prune_and_grow(
-    mask: Tensor, score: Tensor, rate: float, growth: str, generator: Generator
-) -> tuple[Tensor, Tensor]:
-    """Prune, then grow as many as died. Returns the pruned mask and the final one."""
-    pruned = prune(mask, score, rate)
-    return pruned, grow(pruned, int(mask.sum()) - int(pruned.sum()), growth, generator)
+    lots = torch.rand(mask.shape, generator=generator).to(mask.device)
+    return mask | lowest(lots.masked_fill(mask, 2), count)
 
 
 def subset_update(
@@ -180,5 +177,5 @@ def subset_update(
     this branch is less than 3/5 as dense. Here any number of branches works, and what died in branch 0 is dead.
     """
     count = int((~base).sum()) + math.ceil(min(1, SUBSET_PRUNE * rate) * int(mask.sum()))
-    kept = _cut(mask, weakest_first(base, score), count) & pruned
+    kept = mask & ~lowest(weakness(base, score), count) & pruned
     return kept | (grown & ~pruned & draw(mask.shape, SUBSET_GROW, generator).to(mask.device))

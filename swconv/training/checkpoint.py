@@ -1,7 +1,7 @@
 """Resumable state of a training, outside every rule's outputs.
 
-checkpoints/<key>/epoch<n>.pt holds all that the next epoch depends on, with a checksum in front; the two newest are kept,
-and a damaged one falls back to the one before. A lock keeps a second trainer of the same run waiting.
+checkpoints/<key>/epoch<n>[_step<m>].pt holds all that the step after epoch n, step m depends on, with a checksum in front;
+the two newest are kept, and a damaged one falls back to the one before. A lock keeps a second trainer of the same run waiting.
 """
 
 import fcntl
@@ -37,49 +37,66 @@ def exclusive(folder: Path) -> Iterator[None]:
         yield
 
 
-def save(folder: Path, epoch: int, state: dict[str, Any]) -> None:
-    """Keep the state after `epoch`, generators included, and the checkpoint before it."""
+def save(folder: Path, epoch: int, step: int, state: dict[str, Any]) -> None:
+    """Keep the state after `epoch` whole epochs and `step` steps of the next one, and the checkpoint before it."""
     buffer = io.BytesIO()
-    torch.save({**state, "epoch": epoch, "generators": _generators()}, buffer)
+    torch.save(state, buffer)
     body = buffer.getvalue()
-    write_atomic(folder / f"epoch{epoch:04d}.pt", hashlib.sha256(body).digest() + body)
+    name = f"epoch{epoch:04d}" + (f"_step{step:06d}" if step else "") + ".pt"
+    write_atomic(folder / name, hashlib.sha256(body).digest() + body)
     for old in _saved(folder)[KEPT:]:
         old.unlink()
 
 
-def load(folder: Path) -> dict[str, Any] | None:
-    """The newest sound state, its generators restored, or None. Says so when a damaged one is passed over."""
+def newest(folder: Path) -> Path | None:
+    """The newest sound checkpoint, or None. Says so when a damaged one is passed over."""
     for path in _saved(folder):
-        content = path.read_bytes()
-        digest, body = content[:_DIGEST], content[_DIGEST:]
-        if hashlib.sha256(body).digest() != digest:
-            _log.warning("%s is damaged (its checksum differs); falling back to the checkpoint before it", path)
-            continue
-        state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
-        _restore(state.pop("generators"))
-        return state
+        if _body(path) is not None:
+            return path
+        _log.warning("%s is damaged (its checksum differs); falling back to the checkpoint before it", path)
     return None
 
 
-def _saved(folder: Path) -> list[Path]:
-    return sorted(folder.glob("epoch*.pt"), reverse=True)
+def load(path: Path) -> dict[str, Any]:
+    """The state in a checkpoint that `newest` found.
+
+    Raises
+    ------
+    ValueError
+        If it was damaged since.
+    """
+    if (body := _body(path)) is None:
+        raise ValueError(f"{path} is damaged: its checksum differs. Run the same command again to go on from the one before.")
+    return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
 
 
-def _generators() -> dict[str, Any]:
+def generators() -> dict[str, Any]:
+    """States of Python's, numpy's, torch's and CUDA's global generators, as `torch.load(weights_only=True)` takes them."""
     name, words, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(words.astype(np.int64)), *rest),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
 
 
-def _restore(states: dict[str, Any]) -> None:
+def restore_generators(states: dict[str, Any]) -> None:
+    """Put the global generators where `generators` found them."""
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words), gauss))
     name, array, *rest = states["numpy"]
     np.random.set_state((name, array.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(states["torch"])
-    if states["cuda"]:
-        torch.cuda.set_rng_state_all(states["cuda"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _saved(folder: Path) -> list[Path]:
+    return sorted(folder.glob("epoch*.pt"), reverse=True)             # "_" sorts behind ".": a step is newer than its epoch
+
+
+def _body(path: Path) -> bytes | None:
+    """What the checksum speaks for, or None where it speaks against it."""
+    content = path.read_bytes()
+    return content[_DIGEST:] if hashlib.sha256(content[_DIGEST:]).digest() == content[:_DIGEST] else None

@@ -1,25 +1,24 @@
 """Evaluation: what finished weights do on the validation images, in training form and merged."""
 
-import hashlib
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from timm.utils import reparameterize_model
 from torch import nn
 
 from swconv.atomic import write_json
 from swconv.ops import ShiftwiseConv2d
 from swconv.training.data import MEMORY_FORMATS, ValLoader
+from swconv.training.finished import diverged_at, load_weights, published_sha256
 from swconv.training.loop import VAL_BATCH, build, normaliser, prepare_machine, scores
 from swconv.training.record import values
 
 
 def evaluate(config: Mapping[str, Any], data_dir: Path, weights: Path, out: Path, record: dict[str, Any]) -> None:
-    """Measure finished weights; publish metrics.json and run.json.
+    """Measure finished weights; publish metrics.json and run.json. Of a run that diverged they only say so, and at which step.
 
     Raises
     ------
@@ -27,12 +26,13 @@ def evaluate(config: Mapping[str, Any], data_dir: Path, weights: Path, out: Path
         When the weights are not those that were published (sha256), or do not fit the model.
     """
     began = time.monotonic()
-    device = prepare_machine(config["machine"])
-    dataset = config["dataset"]
-    digest = published_sha256(weights)
+    device, digest = prepare_machine(config["machine"]), published_sha256(weights)
+    if (step := diverged_at(weights)) is not None:
+        _publish(out, record, digest, began, {"diverged": (step, "step")})
+        return
     model = build(config).to(device, memory_format=MEMORY_FORMATS[config["machine"]["memory_format"]])
-    model.load_state_dict(load_file(weights))
-    val = ValLoader(dataset, data_dir, VAL_BATCH)
+    load_weights(model, weights)
+    val = ValLoader(config["dataset"], data_dir, VAL_BATCH)
     normalise = normaliser(config, device)
     alive = alive_filters(model)
     plain = scores(model, val, normalise)
@@ -43,21 +43,13 @@ def evaluate(config: Mapping[str, Any], data_dir: Path, weights: Path, out: Path
     metrics |= {f"filters_alive_stage_{stage}": (share, "%") for stage, share in alive.items()}
     for distance, top1 in plain["top1_by_distance"].items():
         metrics[f"top1_distance_{distance}"] = (top1, "%")
+    _publish(out, record, digest, began, metrics)
+
+
+def _publish(out: Path, record: dict[str, Any], digest: str, began: float, metrics: Mapping[str, tuple[float, str]]) -> None:
     write_json(out / "run.json", record | {"weights_sha256": digest, "seconds": round(time.monotonic() - began, 1),
                                            "resumed_from_epoch": None})
     write_json(out / "metrics.json", values(**metrics))
-
-
-def published_sha256(weights: Path) -> str:
-    """The sha256 of finished weights, which has to be the one beside them."""
-    stamp = weights.with_name(weights.name + ".sha256")
-    if not (weights.exists() and stamp.exists()):
-        raise FileNotFoundError(f"Evaluation needs {weights} and {stamp.name} beside it; train the run first.")
-    digest, published = hashlib.sha256(weights.read_bytes()).hexdigest(), stamp.read_text().strip()
-    if digest != published:
-        raise ValueError(f"{weights} is damaged: its sha256 is {digest[:12]}..., published was {published[:12]}.... "
-                         f"Restore it with `dvc checkout --force {weights.parent.parent}` or train it again.")
-    return digest
 
 
 def alive_filters(model: nn.Module) -> dict[int, float]:

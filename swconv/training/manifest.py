@@ -4,21 +4,24 @@ import csv
 import hashlib
 import io
 import json
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
 
-from swconv.atomic import write_atomic, write_json
+from swconv.atomic import file_sha256, write_atomic, write_json
 from swconv.training import digits
 
 SPLITS = ("train", "val")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # those torchvision reads
-DECODED = 200  # images per split that are decoded before anything is trained
+DECODED = 200  # images per split that the data rule decodes
 NAMED = 3  # bad files or classes that a sentence names
+
+_log = logging.getLogger(__name__)
 
 
 class ImageError(ValueError):
@@ -33,7 +36,7 @@ def prepare(dataset: dict, out: Path) -> dict:
     dataset : dict
         Of a resolved row of params: `name`, `num_classes`, and for "digits" `train_images` and `val_images`, else
         `root`, a folder with train/<class>/ and val/<class>/. The manifest holds the sha256 of digits, and only names
-        and sizes of a folder.
+        and sizes of a folder. With `bad_files: skip` unreadable images are told and left where they are.
     out : Path
         Folder for the three files, and for `images/` if they are composed.
 
@@ -57,10 +60,11 @@ def prepare(dataset: dict, out: Path) -> dict:
     else:
         check_root(dataset)
         root = str(Path(dataset["root"]).absolute())
-    files = {split: list(_files(out / root, split)) for split in SPLITS}
+    files = {split: dict(_files(out / root, split)) for split in SPLITS}
     _check_classes(dataset, out / root, files)
-    _check_sample(out / root, files)
-    table = _manifest(out / root, [path for split in SPLITS for path in files[split]], hashed=composed)
+    sampled = [out / root / path for split in SPLITS for path in evenly(list(files[split]), DECODED)]
+    check_sample(sampled, dataset.get("bad_files") == "skip")
+    table = _manifest(out / root, files["train"] | files["val"], hashed=composed)
     record = {
         "dataset": dataset["name"],
         "root": root,
@@ -120,26 +124,32 @@ def read(data_dir: Path) -> dict:
         raise ValueError(f"{path} is no dataset record ({error!r}); delete it and run the data rule again.") from None
 
 
+def samples(data_dir: Path, split: str) -> tuple[list[str], list[str]]:
+    """The images that a split's manifest lists, as paths relative to the root, and the classes: both in sorted order.
+
+    Classes first, then files: the order of torchvision's ImageFolder where no class has subfolders.
+    """
+    parts = sorted(path.split("/") for path, _, _ in _entries(data_dir) if path.startswith(f"{split}/"))
+    return ["/".join(part) for part in parts], sorted({part[1] for part in parts})
+
+
 def verify(data_dir: Path) -> None:
-    """Compare every file with the manifest: it is there, and size and (where recorded) sha256 are the same.
+    """Compare the folders with the manifest: no image is missing or new, and size and (where recorded) sha256 are the same.
 
     Raises
     ------
     ValueError
         Names the first files that differ.
     """
-    root, table = read(data_dir)["root"], Path(data_dir) / "manifest.csv"
-    if not table.is_file():
-        raise FileNotFoundError(f"Training needs the manifest {table}, got no such file; run the data rule again.")
-    with table.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    bad = []
-    for row in tqdm(rows, desc="data: verify", unit="file", disable=None):
-        path = root / row["path"]
-        if not path.is_file():
-            bad.append(f"{path} (missing)")
-        elif path.stat().st_size != int(row["size"]) or (row["sha256"] and row["sha256"] != _sha256(path)):
-            bad.append(f"{path} (changed)")
+    root, rows, bad = read(data_dir)["root"], _entries(data_dir), []
+    found = {path: size for split in SPLITS if (root / split).is_dir() for path, size in _files(root, split)}
+    for path, size, sha256 in tqdm(rows, desc="data: verify", unit="file", disable=None):
+        there = found.pop(path, None)
+        if there is None:
+            bad.append(f"{root / path} (missing)")
+        elif there != int(size) or (sha256 and sha256 != file_sha256(root / path)):
+            bad.append(f"{root / path} (changed)")
+    bad += [f"{root / path} (new)" for path in found]
     if bad:
         raise ValueError(
             f"{data_dir}/manifest.csv lists {len(rows)} files, got {len(bad)} that differ: {_first(bad)}; "
@@ -147,7 +157,34 @@ def verify(data_dir: Path) -> None:
         )
 
 
-def read_image(path: str | Path, mode: str) -> Image.Image:
+def evenly(items: Sequence, count: int) -> Sequence:
+    """About `count` of the items, spread evenly over them."""
+    return items[:: max(1, len(items) // count)]
+
+
+def check_sample(paths: list[Path], skip: bool) -> None:
+    """Decode some images, so that a damaged copy is noticed before any training.
+
+    Raises
+    ------
+    ValueError
+        Names the first that are unreadable; with `skip` they are logged instead.
+    """
+    bad = []
+    for path in tqdm(paths, desc="data: decode a sample", unit="image", disable=None):
+        try:
+            read_image(path, "RGB")
+        except ImageError:
+            bad.append(str(path))
+    if bad:
+        told = f"got {len(bad)} unreadable among those sampled: {_first(bad)}"
+        if not skip:
+            raise ValueError(f"The dataset needs readable images, {told}; copy or unpack the dataset again, or set "
+                             "bad_files: skip in params/.")
+        _log.warning("The dataset needs readable images, %s; bad_files: skip trains without them.", told)
+
+
+def read_image(path: str | Path, mode: str, short_side: int | None = None) -> Image.Image:
     """Decode one image file.
 
     Parameters
@@ -155,6 +192,8 @@ def read_image(path: str | Path, mode: str) -> Image.Image:
     path : str or Path
     mode : {"L", "RGB"}
         Grey or colour.
+    short_side : int, optional
+        Reduce a larger image to this many px, bicubic; a JPEG is decoded no finer than needed.
 
     Raises
     ------
@@ -163,7 +202,11 @@ def read_image(path: str | Path, mode: str) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            return image.convert(mode)
+            if short_side is None or min(image.size) <= short_side:
+                return image.convert(mode)
+            size = tuple(max(short_side, round(side * short_side / min(image.size))) for side in image.size)
+            image.draft(mode, size)
+            return image.convert(mode).resize(size, Image.Resampling.BICUBIC)
     except (OSError, SyntaxError, ValueError) as error:  # all three come out of Pillow's decoders
         reason = "no such file" if isinstance(error, FileNotFoundError) else str(error).rstrip(".")
         raise ImageError(
@@ -171,16 +214,26 @@ def read_image(path: str | Path, mode: str) -> Image.Image:
         ) from error
 
 
-def _files(root: Path, split: str) -> Iterator[str]:
-    """Paths of a split's images relative to the root, sorted."""
-    for folder, subfolders, names in os.walk(root / split, followlinks=True):
-        subfolders.sort()
-        relative = Path(folder).relative_to(root)
-        if relative != Path(split):
-            yield from (f"{relative.as_posix()}/{name}" for name in sorted(names) if name.lower().endswith(SUFFIXES))
+def _entries(data_dir: Path) -> list[list[str]]:
+    """Rows of the manifest: path, size, sha256."""
+    table = Path(data_dir) / "manifest.csv"
+    if not table.is_file():
+        raise FileNotFoundError(f"Training needs the manifest {table}, got no such file; run the data rule again.")
+    with table.open(newline="") as file:
+        return list(csv.reader(file))[1:]
 
 
-def _check_classes(dataset: dict, root: Path, files: dict[str, list[str]]) -> None:
+def _files(root: Path, folder: str, depth: int = 0) -> Iterator[tuple[str, int]]:
+    """Path relative to the root and size of every image in the class folders of a split, sorted folder by folder."""
+    for entry in sorted(os.scandir(root / folder), key=lambda entry: entry.name):
+        path = f"{folder}/{entry.name}"
+        if entry.is_dir():
+            yield from _files(root, path, depth + 1)
+        elif depth and entry.name.lower().endswith(SUFFIXES):
+            yield path, entry.stat().st_size
+
+
+def _check_classes(dataset: dict, root: Path, files: dict[str, dict[str, int]]) -> None:
     for split in SPLITS:
         classes = {entry.name for entry in os.scandir(root / split) if entry.is_dir()}
         if len(classes) != dataset["num_classes"]:
@@ -202,35 +255,13 @@ def _check_classes(dataset: dict, root: Path, files: dict[str, list[str]]) -> No
         )
 
 
-def _check_sample(root: Path, files: dict[str, list[str]]) -> None:
-    """Decode images spread evenly over each split, so that a damaged copy is noticed before any training."""
-    bad = []
-    for split in SPLITS:
-        stride = max(1, len(files[split]) // DECODED)
-        for path in tqdm(files[split][::stride], desc=f"data: decode {split}", unit="image", disable=None):
-            try:
-                read_image(root / path, "RGB")
-            except ImageError:
-                bad.append(str(root / path))
-    if bad:
-        raise ValueError(
-            f"The dataset needs readable images, got {len(bad)} unreadable among those sampled: {_first(bad)}; "
-            "copy or unpack the dataset again."
-        )
-
-
-def _manifest(root: Path, paths: list[str], hashed: bool) -> bytes:
+def _manifest(root: Path, sizes: dict[str, int], hashed: bool) -> bytes:
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["path", "size", "sha256"])
-    for path in tqdm(sorted(paths), desc="data: manifest", unit="file", disable=None):
-        table.writerow([path, (root / path).stat().st_size, _sha256(root / path) if hashed else ""])
+    for path in tqdm(sorted(sizes), desc="data: manifest", unit="file", disable=None):
+        table.writerow([path, sizes[path], file_sha256(root / path) if hashed else ""])
     return text.getvalue().encode()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _first(names: list[str]) -> str:

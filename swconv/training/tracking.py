@@ -205,7 +205,7 @@ def _child(report: str, files: RunFiles, dvc_md5: str) -> _Wanted:
 def _parent(report: str, run: str, children: list[_Wanted]) -> _Wanted:
     top1 = [value for child in children for name, value, _, _ in child.metrics if name == "evaluate/top1"]
     end = max(child.end for child in children)
-    summary = {"top1_mean": statistics.fmean(top1), "n": len(top1)}
+    summary = {"n": len(top1)} | ({"top1_mean": statistics.fmean(top1)} if top1 else {})  # none where all seeds diverged
     if len(top1) > 1:
         summary["top1_sd"] = statistics.stdev(top1)
     profile = children[0].tags["profile"]

@@ -49,3 +49,24 @@ def test_both_ways_of_padding_are_one_function(name):
     x = draw(2, 4, 12, 12).float()
     assert len(weights) == (2 if name == "slak_pair" else 1)
     assert relative(ways["padding inside"](x), ways["padding before"](x)) < 1e-5
+
+
+@pytest.mark.parametrize(("name", "arguments", "form"), [
+    ("slak_tiny", {"depths": (1, 1), "dims": (8, 16), "kernel_sizes": (21, 13)}, "plain"),
+    ("slak_tiny", {"depths": (1, 1), "dims": (8, 16), "kernel_sizes": (21, 13)}, "square"),
+    ("lk_convnext_tiny", {"depths": (1, 1), "dims": (8, 16), "kernel_sizes": (21, 15)}, "square"),
+    ("sw_tiny", NETWORK | {"rep_branches": 1}, "two_step"),
+])
+def test_every_form_of_a_network_is_one_function(name, arguments, form):
+    model, image = forms.make_network(CPU, name, **arguments).double(), draw(2, 3, 48, 48)
+    with torch.no_grad():
+        wanted, ways = model(image), forms.whole_network(model, form)
+        for network in ways.values():
+            assert relative(network(image), wanted) < 1e-10
+    padded = [sum(isinstance(module, forms.PaddedConv2d) for module in way.modules()) for way in ways.values()]
+    assert padded == {"two_step": [0], "square": [0, len(arguments["depths"]) - (name == "slak_tiny")], "plain": [0, 2]}[form]
+
+
+def test_an_unknown_form_is_told():
+    with pytest.raises(ValueError, match="form is as_is, merged, two_step, plain or square, got 'round'"):
+        forms.whole_network(torch.nn.Identity(), "round")

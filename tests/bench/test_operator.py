@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from swconv.__main__ import main
-from swconv.bench import forms, operator, page
+from swconv.bench import circumstances, forms, operator, page
 
 QUICK = ["bench", "operator", "--quick", "--out"]
 
@@ -49,6 +49,6 @@ def test_a_missing_gpu_is_told_in_a_sentence(tmp_path, capsys):
 
 
 def test_a_missing_library_is_told_in_a_sentence(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(operator.native, "available", lambda: False)
+    monkeypatch.setattr(circumstances.native, "available", lambda: False)
     assert main([*QUICK, str(tmp_path)]) == 1
     assert capsys.readouterr().err.endswith("they do not load. Build them: python -m swconv build.\n")

@@ -81,7 +81,7 @@ def test_claims_are_as_printed(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
-    [("id,top\n#3,1\n", "needs the columns id and acc, got id, top"), ("id,acc\n#3,1\n#3,2\n", "2 lines for 1 ids")],
+    [("id,top\n#3,1\n", "needs the columns id and acc, got id, top"), ("id,acc\n#3,1\n#3,2\n", "2 lines for 1 names")],
 )
 def test_claims_without_the_column_or_with_a_row_twice_are_refused(tmp_path, text, sentence):
     (tmp_path / "t.csv").write_text(text)

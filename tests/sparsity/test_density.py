@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from swconv.sparsity.density import join_branches, ranked_densities, snip_scores
+from swconv.sparsity.density import erk_densities, join_branches, ranked_densities, snip_scores
 
 
 class Net(nn.Module):
@@ -86,3 +86,16 @@ def test_dropout_of_the_snip_pass_depends_on_its_seed_only(net, batch):
     torch.manual_seed(99)
     assert torch.equal(first, snip_scores(net, ["head.weight"], *batch, seed=3)["head.weight"])
     assert not torch.equal(first, snip_scores(net, ["head.weight"], *batch, seed=4)["head.weight"])
+
+
+def test_erk_is_in_proportion_to_the_sides_over_the_size_and_keeps_the_budget():
+    density = erk_densities({"thin": (2, 2), "wide": (100, 100), "kernel": (10, 10, 3, 3)}, 0.5)
+    assert density["thin"] == 1                                       # 4 / 4 is out of proportion
+    assert density["wide"] / density["kernel"] == pytest.approx((200 / 10_000) / (26 / 900))
+    assert 4 + 10_000 * density["wide"] + 900 * density["kernel"] == pytest.approx(0.5 * 10_904)
+
+
+def test_erk_fills_layer_after_layer_when_little_is_dropped():
+    density = erk_densities({"a": (2, 2), "b": (4, 4), "c": (50, 50)}, 0.01)
+    assert (density["a"], density["b"]) == (1, 1)
+    assert density["c"] == pytest.approx((0.99 * 2520 - 20) / 2500)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from swconv.sparsity import SparseTraining
+from swconv.sparsity import SparseTraining, dynamic
 from swconv.sparsity.density import snip_scores
 
 SETTINGS = {"total_steps": 36, "seed": 5, "level": 0.4, "update_every": 2, "prune_rate": 0.3}
@@ -163,6 +164,71 @@ def test_masked_weights_are_exactly_zero_after_every_step(optimizer):
             assert momentum is None or not (momentum * ~mask).any()
 
 
+@pytest.mark.parametrize("granularity", ["filter", "element"])
+def test_masked_weights_stay_exactly_zero_under_bfloat16_autocast(granularity):
+    net, optimizer, sparsity = started(granularity=granularity, prune="magnitude_sum")
+    start = dict(sparsity.masks)
+    for step in range(6):
+        optimizer.zero_grad()
+        images, labels = batch(step)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = nn.functional.cross_entropy(net(images), labels)
+        loss.backward()
+        optimizer.step()
+        sparsity.step(optimizer)
+        for name, mask in sparsity.masks.items():
+            weight = net.get_parameter(name)
+            assert weight.dtype == torch.float32
+            assert (weight[(~mask).expand_as(weight)] == 0).all()
+            assert (weight != 0).any()
+    assert any(not torch.equal(mask, start[name]) for name, mask in sparsity.masks.items())
+
+
+@pytest.mark.parametrize("fused", [False, True])                      # a fused optimizer is called even where it is to skip
+def test_a_step_that_the_scaler_skips_moves_neither_weights_nor_masks(fused):
+    net, _, sparsity = started(update_every=1)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, fused=fused)
+    scaler, taken = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=100), []
+    for step in range(4):
+        optimizer.zero_grad()
+        images, labels = batch(step)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = nn.functional.cross_entropy(net(images), labels)
+        scaler.scale(loss * (math.inf if step == 1 else 1)).backward()
+        before = scaler.get_scale(), sparsity.masks, {name: p.clone() for name, p in net.named_parameters()}
+        scaler.step(optimizer)
+        scaler.update()
+        taken.append(scaler.get_scale() >= before[0])
+        if taken[-1]:
+            sparsity.step(optimizer)
+        else:
+            assert all(torch.equal(parameter, before[2][name]) for name, parameter in net.named_parameters())
+            assert sparsity.masks is before[1]
+        assert all((net.get_parameter(name) * ~mask == 0).all() for name, mask in sparsity.masks.items())
+    assert (taken, sparsity.steps) == ([True, False, True, True], 3)
+
+
+def test_the_average_follows_the_formula_of_slak():
+    """(0.9 a + 0.1 w) M, and w itself where M = 1 and a = 0: written out from SLaK's code for one weight after an update."""
+    net, optimizer, sparsity = started()
+    average = copy.deepcopy(net)
+    name = next(iter(sparsity.masks))
+    for step in range(6):
+        train(net, optimizer, sparsity, [step])
+        weight, mask, old = net.get_parameter(name), sparsity.masks[name], average.get_parameter(name).clone()
+        plain = 0.9 * average.head.bias + 0.1 * net.head.bias
+
+        def update():
+            with torch.no_grad():
+                for own, new in zip(average.parameters(), net.parameters(), strict=True):
+                    own.lerp_(new, 0.1)
+
+        sparsity.average(average, update)
+        wanted = (0.9 * old + 0.1 * weight) * mask + 0.9 * weight * (mask & (old == 0))
+        torch.testing.assert_close(average.get_parameter(name), wanted)
+        torch.testing.assert_close(average.head.bias, plain)
+
+
 def test_moments_of_dead_weights_keep_moving_in_adamw():
     net, optimizer, sparsity = started()
     train(net, optimizer, sparsity, range(1))
@@ -189,6 +255,57 @@ def test_prune_rate_is_a_cosine_to_five_thousandths():
     assert rates == pytest.approx([0.5, 0.2525, 0.005])
 
 
+def test_by_magnitude_every_branch_is_pruned_by_its_own_weights():
+    settings = {"granularity": "element", "others": "none", "prune": "magnitude", "growth": "exact", "total_steps": 10**9}
+    net, optimizer, sparsity = started(**settings)
+    train(net, optimizer, sparsity, range(1))
+    first, second = (conv.weight for conv in net.stages[0][0].large_kernel.LoRAs)
+    alive = branch_masks(sparsity)[0].flatten().nonzero().flatten()
+    ramp = torch.linspace(0.1, 5, len(alive))
+    with torch.no_grad():
+        first.flatten()[alive], second.flatten()[alive] = ramp, ramp.flip(0)      # their sum is the same everywhere
+    sparsity.steps = 1
+    optimizer.zero_grad()
+    record = sparsity.step(optimizer)
+    died = math.ceil(0.3 * len(alive))
+    assert not record["shared"]
+    assert branch_masks(sparsity)[0].flatten()[alive[died:]].all()
+    assert branch_masks(sparsity)[1].flatten()[alive[:-died]].all()
+    assert not torch.equal(*branch_masks(sparsity))
+
+
+def test_uniform_and_erk_need_no_batch_and_divide_one_level():
+    _, _, uniform = build(density="uniform", granularity="element")
+    uniform.initialise()
+    for name, mask in uniform.masks.items():
+        assert mask.double().mean().item() == pytest.approx(0.6, abs=4 * math.sqrt(0.24 / mask.numel())), name
+    net, _, erk = build(density="erk", granularity="element", others="all")
+    erk.initialise()
+    shares = {name: mask.double().mean().item() for name, mask in erk.masks.items()}
+    assert erk.density() == pytest.approx(0.6, abs=0.03)
+    assert net.head.weight.count_nonzero() == net.head.weight.numel()             # 15 / 36 beside 60 / 576: dense
+    assert shares["stages.0.0.large_kernel.LoRAs.0.weight"] > shares["stages.0.0.pwconv1.weight"]
+
+
+def test_nonzero_takes_the_masks_of_trained_weights_branch_by_branch():
+    net, optimizer, sparsity = started(share_every=3)
+    train(net, optimizer, sparsity, range(4))
+    assert not torch.equal(*branch_masks(sparsity))
+    fine = SparseTraining(net, **SETTINGS | {"density": "nonzero", "prune_rate": 0.0})
+    with torch.no_grad():
+        for name, mask in sparsity.masks.items():
+            net.get_parameter(name).add_((mask & (net.get_parameter(name) == 0)).float())    # else what just grew is lost
+    fine.initialise()
+    assert fine.masks.keys() == sparsity.masks.keys()
+    assert all(torch.equal(mask, fine.masks[name]) for name, mask in sparsity.masks.items())
+
+
+def test_nonzero_without_sparse_weights_is_refused():
+    _, _, sparsity = build(density="nonzero")
+    with pytest.raises(ValueError, match="needs sparse weights to start from, got none that are zero"):
+        sparsity.initialise()
+
+
 def test_shared_update_keeps_the_filters_that_are_strong_over_all_branches():
     net, optimizer, sparsity = started(others="none", growth="exact", total_steps=10**9)
     first, second = (conv.weight for conv in net.stages[0][0].large_kernel.LoRAs)
@@ -203,7 +320,7 @@ def test_shared_update_keeps_the_filters_that_are_strong_over_all_branches():
     died = math.ceil(0.3 * len(alive))
     assert all(mask.flatten()[alive[:-died]].all() for mask in branch_masks(sparsity))
     assert record["shared"]
-    assert record["removed"] == record["grown"]
+    assert sum(record["removed"].values()) == sum(record["grown"].values()) > 0
 
 
 @pytest.mark.parametrize("gap", [1, 3])
@@ -223,14 +340,41 @@ def test_subset_masks_lie_inside_branch_zero_after_shared_updates(gap):
     assert not torch.equal(*branch_masks(sparsity)[1:3])
 
 
-def test_removed_and_grown_of_the_log_line_add_up_to_the_change_of_density():
+def test_every_layers_removed_and_grown_add_up_to_its_change_of_density():
     net, optimizer, sparsity = started(share_every=3)
-    total = sum(net.get_parameter(name).numel() for name in sparsity.masks)
     for step in range(12):
-        before = sparsity.density()
+        before = dict(sparsity.masks)
         for record in train(net, optimizer, sparsity, [step]):
-            assert record["grown"] > 0
-            assert record["grown"] - record["removed"] == pytest.approx((sparsity.density() - before) * total, abs=1e-6)
+            for name, mask in sparsity.masks.items():
+                weights = net.get_parameter(name).numel()
+                assert record["density"][name] == pytest.approx(mask.double().mean().item())
+                assert record["removed"][name] == int((before[name] & ~mask).sum()) * weights // mask.numel()
+                assert record["grown"][name] == int((mask & ~before[name]).sum()) * weights // mask.numel() > 0
+            total = sum(net.get_parameter(name).numel() for name in sparsity.masks)
+            assert sparsity.density() == pytest.approx(
+                sum(net.get_parameter(name).numel() * share for name, share in record["density"].items()) / total)
+
+
+class NoReads(TorchDispatchMode):
+    """Refuses what makes a GPU wait: reading a number, and shapes that depend on one."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), function
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("growth", ["bernoulli", "exact"])
+@pytest.mark.parametrize("gap", [1, 10])
+def test_an_update_reads_the_device_twice_whatever_the_number_of_layers_and_other_steps_never(monkeypatch, growth, gap):
+    _, optimizer, sparsity = started(growth=growth, share_every=gap)
+    reads, read = [], dynamic._read
+    monkeypatch.setattr(dynamic, "_read", lambda counts: reads.append(len(counts)) or read(counts))
+    with NoReads():
+        assert sparsity.step(optimizer) is None
+        assert not reads
+        assert sparsity.step(optimizer)["shared"] == (gap == 1)
+        sparsity.density()
+    assert len(reads) == 2
 
 
 def test_pointwise_masks_move_at_shared_updates_too():
@@ -309,6 +453,9 @@ def test_masks_of_another_network_are_refused():
         ({"level": 1.0}, "level=1.0"),
         ({"prune_rate": 1.0}, "prune_rate=1.0"),
         ({"share_every": 0}, "share_every=0"),
+        ({"density": "snipe"}, "density to be one of snip, erk, uniform, nonzero"),
+        ({"prune": "magnitude"}, "needs granularity element, share_every 1 and subset False"),
+        ({"prune": "magnitude", "granularity": "element", "share_every": 3}, "share_every=3"),
     ],
 )
 def test_settings_out_of_range_are_named(wrong, sentence):

@@ -1,3 +1,5 @@
+import logging
+import os
 import random
 
 import numpy as np
@@ -5,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from swconv.training import data, digits, manifest
+from swconv.training import data, digits, manifest, reduced
 
 DIGITS = {
     "name": "digits",
@@ -20,6 +22,7 @@ DIGITS = {
     "crop_pct": 1.0,
     "interpolation": "bicubic",
     "cache": True,
+    "bad_files": "stop",
     "workers": 0,
 }
 STREAMED = DIGITS | {"cache": False}
@@ -117,7 +120,7 @@ def test_augmentation_depends_on_seed_epoch_and_image_alone(folder):
 
 def test_an_image_is_augmented_anew_in_every_epoch(folder):
     images = data.TrainLoader(STREAMED, AUGMENTED, folder, seed=0)._source.loader.dataset
-    assert not np.array_equal(images[1, 5][0], images[2, 5][0])
+    assert not np.array_equal(images.load(1, 5)[0], images.load(2, 5)[0])
 
 
 @pytest.mark.parametrize("dataset", [DIGITS, STREAMED, STREAMED | {"workers": 1}])
@@ -140,7 +143,7 @@ def test_certain_flip_alone_mirrors_every_image(folder):
 def test_strongest_posterize_blackens_instead_of_crashing(mode):
     """RandAugment m9-mstd0.5 draws magnitudes up to 10, where timm asks for 0 bits and Pillow 13 refuses them."""
     recipe = PLAIN | {"rand_augment": "rand-m10-inc1-n1"}
-    *_, augment, _ = data._train_transform(DIGITS, recipe).transforms
+    *_, augment, _ = data.train_transform(DIGITS, recipe).transforms
     (posterize,) = [op for op in augment.ops if op.name == "PosterizeIncreasing"]
     posterize.prob = 1.0
     image = posterize(Image.effect_noise((8, 8), 60).convert(mode))
@@ -169,12 +172,143 @@ def test_less_than_one_batch_is_refused(folder):
         data.TrainLoader(DIGITS, PLAIN | {"batch_size": 64}, folder, seed=0)
 
 
+@pytest.mark.parametrize("dataset", [DIGITS, STREAMED], ids=["memory", "files"])
+def test_processes_share_the_global_batches_of_one(folder, dataset):
+    whole = list(data.TrainLoader(dataset, PLAIN, folder, seed=0).epoch(1))
+    shares = [data.TrainLoader(dataset, PLAIN, folder, seed=0, micro_batch=3, rank=rank, world=2) for rank in range(2)]
+    assert [(len(share), share.parts) for share in shares] == 2 * [(7, 2)]
+    parts = [list(share.epoch(1)) for share in shares]
+    assert [len(images) for images, _ in parts[0]] == 7 * [3, 1]
+    for step, batch in enumerate(whole):
+        for rank in range(2):
+            share = _join(parts[rank][2 * step : 2 * step + 2])
+            assert all(torch.equal(mine, all_[rank::2]) for mine, all_ in zip(share, batch, strict=True))
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(folder):
+    with pytest.raises(ValueError, match="multiple of their number, got 8 images for 3 processes"):
+        data.TrainLoader(DIGITS, PLAIN, folder, seed=0, world=3)
+
+
+def test_processes_validate_every_image_once(folder):
+    whole = data.ValLoader(STREAMED, folder, batch_size=8)
+    images, labels = _join(whole)
+    shares = [data.ValLoader(STREAMED, folder, batch_size=8, rank=rank, world=4) for rank in range(4)]
+    for rank, share in enumerate(shares):
+        mine = _join(share)
+        assert torch.equal(mine[0], images[rank::4])
+        assert torch.equal(mine[1], labels[rank::4])
+        assert torch.equal(share.distances, whole.distances[rank::4])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_epoch_goes_on_at_a_step_and_reads_nothing_before_it(folder, workers, monkeypatch):
+    loader = data.TrainLoader(STREAMED | {"workers": workers}, AUGMENTED, folder, seed=0, micro_batch=4)
+    whole = list(loader.epoch(2))
+    read, decode = [], manifest.read_image
+    monkeypatch.setattr(manifest, "read_image", lambda path, *args: read.append(path) or decode(path, *args))
+    rest = list(loader.epoch(2, start=5))
+    assert len(rest) == 2 * 2
+    assert all(torch.equal(one, other) for pair in zip(rest, whole[10:], strict=True) for one, other in zip(*pair, strict=True))
+    assert len(read) == (0 if workers else 2 * 8)                     # a worker process reads for itself
+    assert len(list(loader.epoch(3))) == 7 * 2
+    assert not list(loader.epoch(3, start=7))
+
+
+def test_more_workers_than_cores_are_told_and_not_started(folder, caplog, monkeypatch):
+    monkeypatch.setattr(data, "cores", lambda: 2)
+    loader = data.TrainLoader(STREAMED | {"workers": 3}, AUGMENTED, folder, seed=0, world=2)
+    assert loader._source.loader.num_workers == 1
+    assert "asks for 3 worker processes for each of 2 training processes, and there are 2 cores" in caplog.text
+    assert "set workers: 1" in caplog.text
+
+
+@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_skipped_image_is_replaced_by_the_next_counted_and_named_once(photos, caplog, workers, cache):
+    dataset, path = photos
+    bad = path / "photos" / "train" / "n1" / "0.jpeg"
+    whole = _join(data.TrainLoader(dataset, PLAIN | {"batch_size": 4}, path, seed=0).epoch(1))
+    bad.write_bytes(b"")
+    skipping = dataset | {"workers": workers, "bad_files": "skip", "cache": cache}
+    with caplog.at_level(logging.WARNING):
+        loader = data.TrainLoader(skipping, PLAIN | {"batch_size": 4}, path, seed=0)
+        again = [_join(loader.epoch(1)) for _ in range(2)]
+    place = np.random.RandomState([0, 1]).permutation(4).tolist()     # n0/0, n0/1, n1/0, n1/1
+    lost, stands_in = place.index(2), place.index(3)
+    for images, labels in again:
+        assert torch.equal(images[lost], whole[0][stands_in])
+        assert torch.equal(labels, whole[1])
+        kept = [i for i in range(4) if i != lost]
+        assert torch.equal(images[kept], whole[0][kept])
+    assert loader.bad_files == {str(bad)}
+    assert caplog.text.count(f"{bad} cannot be read, the next image stands in for it") == 1
+
+
+def test_stand_ins_are_augmented_on_their_own(photos):
+    dataset, path = photos
+    (path / "photos" / "train" / "n1" / "0.jpeg").write_bytes(b"")
+    loader = data.TrainLoader(dataset | {"bad_files": "skip"}, AUGMENTED | {"batch_size": 4}, path, seed=0)
+    images = loader._source.loader.dataset
+    assert not np.array_equal(images.load(1, 2)[0], images.load(1, 3)[0])
+
+
+def test_a_folder_of_unreadable_images_stops_in_spite_of_skip(photos):
+    dataset, path = photos
+    for bad in (path / "photos" / "train").rglob("*.jpeg"):
+        bad.write_bytes(b"")
+    loader = data.TrainLoader(dataset | {"bad_files": "skip"}, PLAIN | {"batch_size": 2}, path, seed=0)
+    with pytest.raises(manifest.ImageError, match="needs a readable image among 16 in a row, got none"):
+        _join(loader.epoch(1))
+
+
+def test_validation_stops_at_an_unreadable_image_in_spite_of_skip(photos):
+    dataset, path = photos
+    (path / "photos" / "val" / "n1" / "0.jpeg").write_bytes(b"")
+    with pytest.raises(manifest.ImageError, match="n1/0.jpeg needs to be a readable image"):
+        _join(data.ValLoader(dataset | {"bad_files": "skip"}, path, batch_size=2))
+
+
+def test_unreadable_images_of_a_sample_stop_before_the_first_batch(photos):
+    dataset, path = photos
+    bad = path / "photos" / "train" / "n1" / "0.jpeg"
+    bad.write_bytes(bad.read_bytes()[:100])
+    with pytest.raises(ValueError, match=f"got 1 unreadable among those sampled: {bad}; copy .* or set bad_files: skip"):
+        data.TrainLoader(dataset, PLAIN | {"batch_size": 2}, path, seed=0)
+
+
+def test_another_number_of_classes_than_the_data_has_is_refused(photos):
+    dataset, path = photos
+    with pytest.raises(ValueError, match="needs 3 classes in .*train, got 2 in .*manifest.csv"):
+        data.TrainLoader(dataset | {"num_classes": 3}, PLAIN | {"batch_size": 2}, path, seed=0)
+
+
+def test_what_the_manifest_does_not_list_is_not_trained_on(photos):
+    dataset, path = photos
+    Image.effect_noise((40, 30), 60).convert("RGB").save(path / "photos" / "train" / "n0" / "later.jpeg")
+    assert len(data.TrainLoader(dataset, PLAIN | {"batch_size": 1}, path, seed=0)) == 4
+
+
+def test_reduced_images_train_without_their_files(photos):
+    dataset, path = photos
+    dataset |= {"cache_px": 24, "image_size": 16}
+    reduced.build(dataset, path)
+    kept = [_join(data.TrainLoader(dataset | {"workers": workers}, AUGMENTED | {"batch_size": 2}, path, seed=0).epoch(1))
+            for workers in (0, 1)]
+    for file in (path / "photos").rglob("*.jpeg"):
+        os.truncate(file, 0)
+    kept.append(_join(data.TrainLoader(dataset, AUGMENTED | {"batch_size": 2}, path, seed=0).epoch(1)))
+    assert all(map(torch.equal, kept[0], kept[1]))
+    assert all(map(torch.equal, kept[0], kept[2]))
+    assert _join(data.ValLoader(dataset, path, batch_size=4))[0].shape == (4, 3, 16, 16)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_unreadable_image_stops_with_one_sentence(photos, workers):
     dataset, path = photos
     bad = path / "photos" / "train" / "n1" / "0.jpeg"
-    bad.write_bytes(b"")
     loader = data.TrainLoader(dataset | {"workers": workers}, PLAIN | {"batch_size": 2}, path, seed=0)
+    bad.write_bytes(b"")
     with pytest.raises(manifest.ImageError, match=f"^{bad} needs to be a readable image, got .*again[.]$"):
         _join(loader.epoch(1))
 

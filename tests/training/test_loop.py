@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 from swconv import params
 from swconv.training import checkpoint, evaluation, loop, manifest, record
+from swconv.training.stop import StoppedError
 
 RUN, SEED = "sw22", 0                                                 # two Rep branches, subset masks: much state
 
@@ -38,9 +40,19 @@ def circumstances(config, seed: int = SEED, **other) -> dict:
     return record.circumstances(key="k", run=RUN, profile="smoke", seed=seed, code="c", config=config, data_sha256="d") | other
 
 
-def run(config, digits, folder: Path, seed: int = SEED, **other) -> Path:
-    loop.train(config, digits, folder / "out", folder / "checkpoints", circumstances(config, seed, **other))
+def run(config, digits, folder: Path, seed: int = SEED, init: Path | None = None, **other) -> Path:
+    loop.train(config, digits, folder / "out", folder / "checkpoints", circumstances(config, seed, **other), init=init)
     return folder / "out"
+
+
+def stop_after(steps: int):
+    """Asked to stop in the so-many-th step of this sitting."""
+    looks = iter(range(1, 10**6))
+    return lambda: next(looks) == steps
+
+
+def metrics_of(out: Path) -> dict:
+    return json.loads((out / "metrics.json").read_text())
 
 
 def test_published_results_are_complete_and_say_how_long(config, digits, tmp_path):
@@ -88,27 +100,63 @@ def test_killed_training_resumes_and_ends_bit_for_bit_where_the_undisturbed_one_
 
 @pytest.mark.parametrize("change", [{"random_erasing": 0.5}, {"mixup": 0.8, "cutmix": 1.0}, {"ema_decay": 0.9},
                                     {"drop_path_rate": 0.3, "sparsity": None}], ids=str)
-def test_resume_is_bitwise_with_every_random_part(config, digits, tmp_path, monkeypatch, change):
+def test_a_stop_in_the_middle_of_an_epoch_changes_no_bit_with_every_random_part(config, digits, tmp_path, change):
     config["recipe"] |= change
     straight = run(config, digits, tmp_path / "straight")
+    cut = tmp_path / "cut"
+    for steps, state in ((6, "epoch0001_step000002.pt"), (2, "epoch0001_step000004.pt"), (3, "epoch0002_step000003.pt")):
+        with pytest.raises(StoppedError, match="its state is saved in .*The same command goes on") as stopped:
+            loop.train(config, digits, cut / "out", cut / "checkpoints", circumstances(config), asked=stop_after(steps))
+        assert stopped.value.exit_code == 85
+        assert (cut / "checkpoints" / state).exists()
+        torch.manual_seed(99)                                         # whatever came between must not matter
+        np.random.seed(99)
+        random.seed(99)
+    resumed = run(config, digits, cut)
+    for name in ("weights.safetensors", "metrics.json"):
+        assert (resumed / name).read_bytes() == (straight / name).read_bytes()
+    lines = [[json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()] for out in (straight, resumed)]
+    for line in sum(lines, []):
+        line.pop("seconds", None)
+        line.pop("images_per_second", None)
+    assert lines[0] == lines[1]
+    assert json.loads((resumed / "run.json").read_text())["resumed_from_step"] == 11
 
-    class Interrupt(Exception):
-        pass
 
-    real = loop.checkpoint.save
+def test_a_state_is_saved_every_so_many_minutes_and_the_two_newest_are_kept(config, digits, tmp_path):
+    config["machine"] |= {"checkpoint_minutes": 1e-9}
+    folder, kept = tmp_path / "checkpoints", []
 
-    def save_then_stop(folder, epoch, state):
-        real(folder, epoch, state)
-        if epoch == 2:
-            raise Interrupt
+    def asked():
+        kept.append(sorted(path.name for path in folder.glob("*.pt")))
+        return len(kept) == 8
 
-    monkeypatch.setattr(loop.checkpoint, "save", save_then_stop)
-    with pytest.raises(Interrupt):
-        run(config, digits, tmp_path / "cut")
-    monkeypatch.undo()
-    torch.manual_seed(99)                                             # whatever came between must not matter
+    with pytest.raises(StoppedError):
+        loop.train(config, digits, tmp_path / "out", folder, circumstances(config), asked=asked)
+    assert kept[:3] == [[], ["epoch0000_step000001.pt"], ["epoch0000_step000001.pt", "epoch0000_step000002.pt"]]
+    assert kept[4] == ["epoch0000_step000004.pt", "epoch0001.pt"]
+
+
+def test_a_damaged_newest_checkpoint_costs_time_and_no_bit(config, digits, tmp_path, caplog):
+    straight = run(config, digits, tmp_path / "straight")
+    config["machine"] |= {"checkpoint_minutes": 1e-9}
+    folder = tmp_path / "cut/checkpoints"
+    with pytest.raises(StoppedError):
+        loop.train(config, digits, tmp_path / "cut/out", folder, circumstances(config), asked=stop_after(7))
+    newest = folder / "epoch0001_step000003.pt"
+    newest.write_bytes(newest.read_bytes()[:-1] + b"?")
     resumed = run(config, digits, tmp_path / "cut")
+    assert "epoch0001_step000003.pt is damaged" in caplog.text
+    assert json.loads((resumed / "run.json").read_text())["resumed_from_step"] == 6
     assert (resumed / "weights.safetensors").read_bytes() == (straight / "weights.safetensors").read_bytes()
+
+
+def test_a_checkpoint_of_another_network_is_refused_with_what_to_do(config, digits, tmp_path):
+    with pytest.raises(StoppedError):
+        loop.train(config, digits, tmp_path / "out", tmp_path / "checkpoints", circumstances(config), asked=stop_after(1))
+    config["model"]["args"] |= {"dims": [8, 16]}
+    with pytest.raises(ValueError, match="step000001.pt needs to be a checkpoint of this run, but its model does not fit"):
+        run(config, digits, tmp_path)
 
 
 def test_another_seed_gives_other_weights(config, digits, tmp_path):
@@ -117,35 +165,74 @@ def test_another_seed_gives_other_weights(config, digits, tmp_path):
     assert not torch.equal(first["head.weight"], second["head.weight"])
 
 
-def test_a_loss_that_is_no_number_stops_with_the_epoch_and_keeps_the_checkpoint(config, digits, tmp_path):
-    config["recipe"] |= {"lr": 1e30, "warmup_epochs": 1.0}
-    with pytest.raises(loop.DivergedError, match=r"the loss became \w+ in epoch \d, step \d+; the last good checkpoint"):
-        run(config, digits, tmp_path)
-    assert not (tmp_path / "out").exists()
+def test_a_loss_that_is_no_number_ends_the_run_as_diverged_with_the_step(config, digits, tmp_path, caplog):
+    config["recipe"] |= {"lr": 1e30, "warmup_epochs": 0.0, "bad_steps": 3}
+    out = run(config, digits, tmp_path)
+    (name, found), = metrics_of(out).items()
+    assert (name, found["unit"]) == ("diverged", "step")
+    assert 4 <= found["value"] <= 16
+    assert "sw22 seed 0 DIVERGED: the loss became" in caplog.text
+    assert f"step {found['value']}" in json.loads((out / "run.json").read_text())["status"]
+    evaluation.evaluate(config, digits, out / "weights.safetensors", tmp_path / "evaluate", circumstances(config))
+    assert metrics_of(tmp_path / "evaluate") == metrics_of(out)
+    with pytest.raises(ValueError, match="its run diverged at step"):
+        run(config, digits, tmp_path / "next", init=out / "weights.safetensors")
+
+
+def spoil(monkeypatch, steps, loss):
+    """Have every part of these steps come out with this loss."""
+    real, current = loop.F.cross_entropy, [0]
+    real_step = loop.Training.step
+
+    def step(self, number, *rest):
+        current[0] = number
+        return real_step(self, number, *rest)
+
+    monkeypatch.setattr(loop.Training, "step", step)
+    monkeypatch.setattr(loop.F, "cross_entropy",
+                        lambda *args, **more: real(*args, **more) * (loss if current[0] in steps else 1))
+
+
+@pytest.mark.parametrize("loss", [float("nan"), 1e6])
+def test_few_bad_steps_in_a_row_are_counted_and_not_taken(config, digits, tmp_path, monkeypatch, loss):
+    config["recipe"] |= {"bad_steps": 3, "sparsity": None}
+    spoil(monkeypatch, {4, 5, 7, 8}, loss)
+    out = run(config, digits, tmp_path)
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line.get("bad_steps", 0) for line in lines] == [0, 3, 1, 0]
+    assert all(0 < line["train_loss"] < 10 for line in lines)
+    assert "top1" in metrics_of(out)
+
+
+def test_the_last_good_checkpoint_of_a_run_that_diverged_is_kept(config, digits, tmp_path, monkeypatch):
+    config["recipe"] |= {"bad_steps": 3}
+    spoil(monkeypatch, {9, 10, 11}, float("nan"))
+    assert metrics_of(run(config, digits, tmp_path))["diverged"]["value"] == 12
+    state = checkpoint.load(checkpoint.newest(tmp_path / "checkpoints"))
+    assert (state["done"], state["position"]) == (2, 0)
 
 
 def test_a_weight_that_is_no_number_is_not_kept_as_a_checkpoint(config, digits, tmp_path, monkeypatch):
     real = loop.Training.step
 
-    def poison(self, step, batches):
-        loss = real(self, step, batches)
+    def poison(self, step, *rest):
+        found = real(self, step, *rest)
         if step == 2 * self.steps - 1:                                # the last step of epoch 2: no later loss tells
             with torch.no_grad():
                 self.model.head.bias[0] = float("nan")
-        return loss
+        return found
 
     monkeypatch.setattr(loop.Training, "step", poison)
-    with pytest.raises(loop.DivergedError, match=r"sw22 seed 0: a weight is no number after epoch 2; the last good checkpoint"):
-        run(config, digits, tmp_path)
+    assert metrics_of(run(config, digits, tmp_path)) == {"diverged": {"value": 8, "unit": "step"}}
     monkeypatch.undo()
-    assert checkpoint.load(tmp_path / "checkpoints")["epoch"] == 1
-    assert run(config, digits, tmp_path).exists()
+    assert checkpoint.newest(tmp_path / "checkpoints").name == "epoch0001.pt"
+    assert "top1" in metrics_of(run(config, digits, tmp_path))
 
 
 def test_the_average_is_as_sparse_as_the_masks(config, digits, tmp_path):
     config["recipe"] |= {"ema_decay": 0.9}
     weights = load_file(run(config, digits, tmp_path) / "weights.safetensors")
-    masks = checkpoint.load(tmp_path / "checkpoints")["sparsity"]["masks"]
+    masks = checkpoint.load(checkpoint.newest(tmp_path / "checkpoints"))["sparsity"]["masks"]
     assert masks
     for name, mask in masks.items():
         assert not weights[name][~mask.expand_as(weights[name])].any(), name
@@ -210,21 +297,6 @@ def test_the_papers_recipe_trains_on_a_folder_in_imagenets_form(photographs, tmp
     assert json.loads((tmp_path / "evaluate/metrics.json").read_text())["images"]["value"] == 10
 
 
-def test_schedule_warms_up_from_zero_and_ends_at_min_lr(config):
-    config["recipe"] |= {"epochs": 10, "warmup_epochs": 2, "min_lr": 1e-4, "lr": 1e-2}
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-2)
-    schedule = loop._schedule(optimizer, config["recipe"], steps=10)
-    rates = []
-    for step in range(101):
-        schedule.step_update(step)
-        rates.append(optimizer.param_groups[0]["lr"])
-    assert rates[0] == 0
-    assert rates[10] == pytest.approx(5e-3)
-    assert rates[20] == pytest.approx(1e-2)
-    assert rates[60] == pytest.approx((1e-2 + 1e-4) / 2)
-    assert rates[100] == pytest.approx(1e-4)
-
-
 def test_micro_batches_give_the_gradient_of_the_whole_batch(config, digits):
     """float64, no BatchNorm in the way (its statistics are per micro-batch, as published)."""
     config["recipe"] |= {"sparsity": None, "batch_size": 12}
@@ -234,21 +306,13 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(config, digits):
         training = loop.Training(config, digits, SEED)
         training.normalise = lambda images: images
         torch.manual_seed(1)
-        training.model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).double()
-        loss = training.step(0, zip(x.split(size), target.split(size), strict=True))
+        training.forward = training.model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).double()
+        training.optimizer = torch.optim.SGD(training.model.parameters(), lr=0.0)
+        (loss,) = training.step(0, zip(x.split(size), target.split(size), strict=True))
         gradients.append((loss, training.model[1].weight.grad))
     for loss, gradient in gradients[1:]:
         assert loss == pytest.approx(gradients[0][0], abs=1e-12)
         torch.testing.assert_close(gradient, gradients[0][1], atol=1e-14, rtol=1e-12)
-
-
-def test_norms_and_biases_do_not_decay_but_grn_does(config):
-    model = loop.build(config)
-    decayed, free = loop.parameter_groups(model, 0.05)
-    names = {id(p): name for name, p in model.named_parameters()}
-    assert {names[id(p)].rsplit(".", 2)[-2] for p in decayed["params"] if p.ndim == 1} == {"grn"}
-    assert all(p.ndim == 1 for p in free["params"])
-    assert len(decayed["params"]) + len(free["params"]) == len(names)
 
 
 def test_evaluation_equals_the_training_metric_and_merging_changes_nothing(config, digits, tmp_path):
@@ -286,3 +350,84 @@ def test_gpu_profile_without_gpu_is_told_in_a_sentence(config, digits, tmp_path)
     config["machine"] |= {"device": "cuda"}
     with pytest.raises(RuntimeError, match="torch sees none"):
         run(config, digits, tmp_path)
+
+
+def test_a_fine_tune_starts_from_the_weights_it_is_given_at_any_image_size(config, digits, tmp_path):
+    config["recipe"] |= {"epochs": 1, "warmup_epochs": 0.5}
+    first = run(config, digits, tmp_path / "first")
+    config["dataset"] |= {"image_size": 64}
+    config["recipe"] |= {"layer_decay": 0.7, "lr": 1e-30, "weight_decay": 0.0}
+    config["recipe"]["sparsity"] |= {"density": "nonzero", "prune_rate": 0.0}
+    tuned = run(config, digits, tmp_path / "tuned", init=first / "weights.safetensors")
+    before, after = (load_file(out / "weights.safetensors") for out in (first, tuned))
+    for name, _ in loop.build(config).named_parameters():
+        assert torch.equal(before[name], after[name]), name           # at no learning rate: masks and all
+
+
+def test_weights_to_start_from_have_to_fit(config, digits, tmp_path):
+    config["recipe"] |= {"epochs": 1, "warmup_epochs": 0.5}
+    first = run(config, digits, tmp_path / "first")
+    config["model"]["args"] |= {"dims": [8, 16]}
+    with pytest.raises(ValueError, match="needs to hold the weights of this row's network"):
+        run(config, digits, tmp_path / "tuned", init=first / "weights.safetensors")
+    (first / "weights.safetensors.sha256").write_text("0" * 64)
+    with pytest.raises(ValueError, match="is damaged"):
+        run(config, digits, tmp_path / "tuned", init=first / "weights.safetensors")
+
+
+@pytest.mark.parametrize("amp", ["bfloat16", "float16"])
+def test_mixed_precision_trains_sparsely_and_resumes_bitwise(config, digits, tmp_path, amp):
+    config["machine"] |= {"amp": amp}
+    straight = run(config, digits, tmp_path / "straight")
+    with pytest.raises(StoppedError):
+        loop.train(config, digits, tmp_path / "cut/out", tmp_path / "cut/checkpoints", circumstances(config),
+                   asked=stop_after(6))
+    resumed = run(config, digits, tmp_path / "cut")
+    assert (resumed / "weights.safetensors").read_bytes() == (straight / "weights.safetensors").read_bytes()
+    assert metrics_of(straight)["density"]["value"] < 0.9
+    state = checkpoint.load(checkpoint.newest(tmp_path / "cut/checkpoints"))
+    assert ("scaler" in state) == (amp == "float16")
+    weights = load_file(straight / "weights.safetensors")
+    for name, mask in state["sparsity"]["masks"].items():
+        assert not weights[name][~mask.expand_as(weights[name])].any(), name
+
+
+def test_a_step_that_overflows_in_half_precision_is_skipped_with_its_mask_update(config, digits):
+    config["machine"] |= {"amp": "float16"}
+    training = loop.Training(config, digits, SEED)
+    training.start(None, {})
+    before = {name: p.clone() for name, p in training.model.named_parameters()}
+    training.scaler.load_state_dict(training.scaler.state_dict() | {"scale": 2.0**127})
+    training.step(3, training.loader.epoch(1))
+    assert training.sparsity.steps == 0
+    assert all(torch.equal(before[name], p) for name, p in training.model.named_parameters())
+    assert training.scaler.get_scale() == 2.0**126
+
+
+def test_run_json_tells_the_precision_that_held(config, digits, tmp_path):
+    config["machine"] |= {"tf32": True}
+    try:
+        loop.prepare_machine(config["machine"])
+        told = circumstances(config)["flags"]
+        assert (told["tf32_matmul"], told["tf32_cudnn"]) == (True, True)
+    finally:
+        loop.prepare_machine(config["machine"] | {"tf32": False})
+    assert circumstances(config)["flags"]["tf32_matmul"] is False
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")       # torch.compile's own, of torch.jit
+def test_a_compiled_network_trains_to_the_same_losses_and_publishes_plain_names(config, digits, tmp_path):
+    config["recipe"] |= {"epochs": 1, "warmup_epochs": 0.5, "sparsity": None}
+    config["model"]["args"] |= {"depths": [1], "dims": [8], "kernel_sizes": [13]}
+    plain = run(config, digits, tmp_path / "plain")
+    config["machine"] |= {"compile": True}
+    compiled = run(config, digits, tmp_path / "compiled")
+    assert metrics_of(compiled)["train_loss"]["value"] == pytest.approx(metrics_of(plain)["train_loss"]["value"], abs=1e-4)
+    assert load_file(compiled / "weights.safetensors").keys() == load_file(plain / "weights.safetensors").keys()
+
+
+@pytest.mark.parametrize(("micro", "processes", "mixup"), [(12, 1, 0.0), (16, 3, 0.0), (2, 2, 0.8)])
+def test_a_batch_that_does_not_divide_is_refused_before_any_work(micro, processes, mixup):
+    with pytest.raises(ValueError, match=f"a batch of 32 images must fall into parts of {micro} .* of {processes} processes"):
+        loop.share_of_batch({"batch_size": 32, "mixup": mixup, "cutmix": 0.0}, {"micro_batch": micro}, processes)

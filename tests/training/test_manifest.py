@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -51,6 +52,39 @@ def test_verify_names_missing_and_changed_files(tmp_path):
     second.write_bytes(second.read_bytes()[:-1] + b"\0")
     with pytest.raises(ValueError, match=rf"30 files, got 2 that differ: {first} \(missing\), {second} \(changed\)"):
         manifest.verify(tmp_path)
+
+
+def test_verify_names_files_that_came_after_the_manifest(tmp_path):
+    manifest.prepare(DIGITS, tmp_path)
+    later = tmp_path / "images" / "train" / "3" / "later.png"
+    shutil.copy(next((tmp_path / "images" / "val").rglob("*.png")), later)
+    with pytest.raises(ValueError, match=rf"30 files, got 1 that differ: {later} \(new\); restore"):
+        manifest.verify(tmp_path)
+
+
+def test_samples_are_in_the_order_of_their_classes(tmp_path):
+    dataset = _folder(tmp_path / "photos", classes=2)
+    for split in manifest.SPLITS:
+        (tmp_path / "photos" / split / "n0").rename(tmp_path / "photos" / split / "n1-a")    # "n1-a/" < "n1/"
+    manifest.prepare(dataset, tmp_path / "data")
+    assert manifest.samples(tmp_path / "data", "train") == (["train/n1/0.jpeg", "train/n1-a/0.jpeg"], ["n1", "n1-a"])
+
+
+def test_with_bad_files_skip_an_unreadable_image_is_told_and_kept_in_the_manifest(tmp_path, caplog):
+    dataset = _folder(tmp_path / "photos", classes=2) | {"bad_files": "skip"}
+    bad = tmp_path / "photos" / "train" / "n0" / "0.jpeg"
+    bad.write_bytes(b"")
+    assert manifest.prepare(dataset, tmp_path / "data")["n_train"] == 2
+    assert f"got 1 unreadable among those sampled: {bad}; bad_files: skip trains without them." in caplog.text
+
+
+def test_an_image_is_reduced_to_its_short_side_and_never_enlarged(tmp_path):
+    gradient = Image.linear_gradient("L").resize((400, 300))
+    gradient.save(tmp_path / "0.jpeg")
+    assert manifest.read_image(tmp_path / "0.jpeg", "RGB", 60).size == (80, 60)
+    assert manifest.read_image(tmp_path / "0.jpeg", "L", 301).size == (400, 300)
+    small = np.asarray(manifest.read_image(tmp_path / "0.jpeg", "L", 60), float)
+    assert np.abs(small - np.asarray(gradient.resize((80, 60), Image.Resampling.BICUBIC), float)).mean() < 2
 
 
 @pytest.mark.parametrize("root", [None, "nowhere"])

@@ -92,6 +92,16 @@ def test_one_seed_has_no_sd(tmp_path, database):
     assert metrics == {"top1_mean": 87.0, "n": 1}
 
 
+def test_a_row_whose_seeds_all_diverged_is_replayed_without_a_mean(tmp_path, database):
+    files = _finished(tmp_path, "sw03", 0)
+    for folder in (files.train, files.evaluate):
+        (folder / "metrics.json").write_text(json.dumps({"diverged": {"value": 120, "unit": "step"}}))
+    ids = replay("table2", [files], database)
+    client = _client(tmp_path)
+    assert client.get_run(ids["table2/mini/sw03"]).data.metrics == {"n": 0}
+    assert client.get_run(ids["key-sw03-0"]).data.metrics["evaluate/diverged"] == 120
+
+
 @pytest.mark.parametrize(("report", "title"), [("table2", "SW Table 2, mini"), ("slak/table12", "SLaK Table 12, mini")])
 def test_experiment_is_named_after_table_and_profile(tmp_path, report, title, database):
     replay(report, [_finished(tmp_path, "sw03", 0)], database)

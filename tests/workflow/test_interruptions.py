@@ -71,6 +71,38 @@ def test_killed_between_publishing_and_snakemakes_note_needs_no_option(finished)
 
 
 @pytest.mark.slow
+def test_a_trainer_that_is_asked_to_stop_fails_its_job_and_the_same_command_goes_on(finished):
+    lengthen(finished)
+    driver = train_until_first_checkpoint(finished, finished.environment)
+    (trainer,) = [int(path.name) for path in Path("/proc").glob("[0-9]*") if is_trainer(path, driver.pid)]
+    os.kill(trainer, signal.SIGTERM)
+    assert driver.wait(timeout=120) == 1
+    assert "stopped as asked after step" in (finished.root / "logs/train/smoke-sw15-seed0.log").read_text()
+    assert not (finished.root / RUN / "metrics.json").exists()
+    finished.snakemake(f"{RUN}/metrics.json")
+    assert json.loads((finished.root / RUN / "run.json").read_text())["resumed_from_step"] > 0
+
+
+def is_trainer(process, session):
+    """Whether a folder of /proc is of `python -m swconv train` below this session's leader."""
+    try:
+        return b"swconv\0train" in (process / "cmdline").read_bytes() and os.getsid(int(process.name)) == session
+    except (OSError, ValueError):
+        return False
+
+
+@pytest.mark.slow
+def test_a_run_that_diverges_stops_nothing_and_its_cell_says_so(finished):
+    finished.replace("params/runs.yaml", "{sparsity: {scores: concat}}", "{lr: 1.0e+30}")  # sw15
+    assert "sw15 seed 0 DIVERGED: " in finished.snakemake()
+    assert list(json.loads((finished.root / RUN / "metrics.json").read_text())) == ["diverged"]
+    (row,) = [line for line in (finished.root / "artifacts/smoke/reports/table2.md").read_text().splitlines()
+              if line.startswith("| #15 ")]
+    assert "diverged" in row
+    assert finished.planned() == {}
+
+
+@pytest.mark.slow
 def test_a_lock_of_a_living_driver_is_respected(finished):
     lengthen(finished)
     driver = train_until_first_checkpoint(finished, finished.environment)
@@ -96,12 +128,12 @@ def test_a_file_from_the_future_costs_no_result(finished):
 @pytest.mark.slow
 def test_a_failed_run_stops_no_other_and_its_old_results_come_back(finished):
     results = finished.results()
-    finished.replace("params/runs.yaml", "{sparsity: {scores: concat}}", "{lr: 1.0e+30}")  # sw15
+    finished.replace("params/runs.yaml", "{sparsity: {scores: concat}}", "{batch_size: 4096}")  # sw15
     finished.replace("params/runs.yaml", "{sparsity: {share_every: 3}}", "{sparsity: {share_every: 2}}")  # sw17
 
     printed = finished.snakemake("--keep-going", code=1)
     status = finished.run("dvc", "status")
-    assert "the loss became" in printed
+    assert "Training needs at least one batch of 4096 images, got 128" in printed
     assert "run@smoke-sw15" in status
     assert "run@smoke-sw17" not in status
 

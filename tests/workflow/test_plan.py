@@ -31,7 +31,7 @@ def test_comments_in_python_csrc_and_params_list_nothing(finished):
 @pytest.mark.parametrize(("path", "text", "jobs"), [
     ("swconv/training/loop.py", "VAL_BATCH = 125", {"train": 18, "evaluate": 18, **TABLE}),
     ("swconv/training/evaluation.py", "EXTRA = 1", {"evaluate": 18, **TABLE}),
-    ("swconv/reporting/table2.py", "EXTRA = 1", {"table2": 1}),
+    ("swconv/reporting/report.py", "EXTRA = 1", {"table2": 1}),
     ("swconv/build.py", "EXTRA = 1", {}),
     ("csrc/strips_cpu.cpp", "static int extra = 1;", {"build": 1, "train": 18, "evaluate": 18, **TABLE}),
 ])
@@ -51,6 +51,24 @@ def test_a_row_equal_to_an_earlier_one_is_not_trained(finished):
 def test_a_row_with_same_weights_is_laid_out_from_the_row_that_is_trained(finished):
     target = "artifacts/smoke/evaluate/sw01_infer/seed0/metrics.json"
     assert finished.planned(target) == {"train": 1, "lay_out": 1, "evaluate": 1}
+
+
+@pytest.mark.parametrize(("page", "jobs"), [
+    ("table9", {"train": 4, "evaluate": 4, "same_as": 4, "track": 1, "page": 1}),           # #19 and #20 stand in Table 2 too
+    ("slak/table1", {"train": 3, "evaluate": 3, "same_as": 8, "track": 1, "page": 1}),      # large extents coincide
+    ("slak/figure6", {"train": 5, "evaluate": 5, "same_as": 4, "track": 1, "figure": 1}),
+])
+def test_a_page_asks_for_its_own_runs_and_nothing_else(finished, page, jobs):
+    planned = finished.planned(f"artifacts/smoke/reports/{page}.md")
+    assert {rule: number for rule, number in planned.items() if rule != "tables"} == jobs
+
+
+def test_the_rows_of_a_page_are_as_many_as_its_seeds_allow(fresh, tmp_path):
+    project = fresh.copy(tmp_path / "project")
+    project.activate("smoke", [0, 1, 2], "artifacts/smoke/reports")
+    project.replace("params/runs.yaml", "    named_by: [model, N]\n", "    named_by: [model, N]\n    seeds: 1\n")
+    assert project.planned("artifacts/smoke/reports/slak/table9.md")["train"] == 3
+    assert project.planned("artifacts/smoke/reports/slak/table13.md")["train"] == 3 * 4
 
 
 @pytest.mark.parametrize("left", [None, "", '{"library": {"pa', "{}", "[]"])
@@ -99,6 +117,7 @@ def test_a_gpu_is_asked_for_only_where_the_profile_computes_on_one(fresh, tmp_pa
     (["--config", "profil=mini"], "--config takes profile and seeds, got profil."),
     (["--config", "profile=paper"], "profile paper needs imagenet in data/imagenet/"),
     (["artifacts/paper/train/sw03/seed0/metrics.json"], "profile paper needs imagenet in data/imagenet/"),
+    (["reports/slak/table9.md"], "smoke is active (params/active.yaml), whose page is artifacts/smoke/reports/slak/table9.md"),
     (["artifacts/smoke/train/sw01_infer/seed0/metrics.json"], "run sw01_infer is evaluated with the weights of sw00_300"),
     (["artifacts/smoke/weights/sw11/seed0/metrics.json"], "run sw11 is trained, not laid out"),
 ])

@@ -1,25 +1,53 @@
 # Tables that need no training: parameters and FLOPs of both papers, the training settings, and the scoreboard. Models are
-# counted, not run.
+# counted, not run. Accuracies of profile paper stand beside them where there are some.
 COUNTED = list(PARAMS.costs)
-PAGES = ("reporting.costs", "reporting.formulas", "reporting.recipes")
+
+
+def accuracies():
+    """Hash of the accuracies that pages show. No input: what is there is shown, and nothing is run for it."""
+    digest, runs = sha256(), sorted({row.run for row in PARAMS.weights.values() if row.run})
+    shown = [name for name, row in DOWNSTREAM.profiles.items() if PARAMS.profile(row.base).reports == "reports"]
+    tuned = [f"{name}/downstream/{run}" for name in shown for run in DOWNSTREAM.runs]
+    for pattern in ("paper/released/*/*.json", *(f"paper/evaluate/{run}/seed*/*.json" for run in runs),
+                    *(f"{folder}/seed*/metrics.json" for folder in tuned)):
+        for path in sorted(Path("artifacts").glob(pattern)):
+            digest.update(f"{path}\n{path.read_text()}\n".encode())
+    return digest.hexdigest()
+
+
+# The counts belong to the machine: without them a clone, whose pages are there, would not see what changes.
+rule count:
+    output:
+        "artifacts/counts.json",
+    params:
+        plan=list(PARAMS.counted),
+        code=fingerprint("swconv.analysis.kernels"),
+        tasks=fingerprint("swconv.analysis.dense_tasks"),
+    log:
+        "logs/count.log",
+    shell:
+        "python -m swconv count --out {output} 2>&1 | tee {log}"
 
 
 rule tables:
     input:
+        counts=rules.count.output,
         claims=[f"reports/paper/{PARAMS.costs[table].claims}" for table in COUNTED],
-        formulas="reports/paper/sw_table1.csv",
         settings="reports/paper/sw_table8.csv",
     output:
-        tables=[f"reports/{table}.{kind}" for table in COUNTED for kind in ("md", "csv")],
+        tables=[f"reports/{table}.{kind}" for table in COUNTED if table not in PARAMS.reports for kind in ("md", "csv")],
+        counts=[f"reports/{table}_counts.csv" for table in COUNTED if table in PARAMS.reports],
         figures=[f"reports/figures/slak/{name}" for name in ("fig4.csv", "fig4_macs.svg", "fig4_params.svg")],
-        formulas="reports/table1.md",
         settings="reports/table8.md",
         index="reports/index.md",
     params:
         plan=[PARAMS.costs[table].model_dump_json() for table in COUNTED],
         rows=[PARAMS.identity(run, "paper") for run in PARAMS.settings.values()],
-        code=[fingerprint(f"swconv.{module}") for module in ("analysis.kernels", *PAGES)],
+        weights=[row.model_dump_json(exclude={"url"}) for row in PARAMS.weights.values()],
+        accuracies=accuracies(),
+        code=fingerprint("swconv.reporting.costs"),
+        recipes=fingerprint("swconv.reporting.recipes"),
     log:
         "logs/tables.log",
     shell:
-        "python -m swconv tables --out reports 2>&1 | tee {log}"
+        "python -m swconv tables --counts {input.counts} --out reports 2>&1 | tee {log}"

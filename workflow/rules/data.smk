@@ -10,7 +10,7 @@ rule data:
         digest=f"{DATA}/manifest.csv.sha256",
     params:
         dataset=dataset,
-        code=fingerprint("swconv.training.manifest"),
+        code=fingerprint("swconv.training.reduced"),
         out=subpath(output.data, parent=True),
     log:
         "logs/data/{profile}.log",

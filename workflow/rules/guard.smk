@@ -87,4 +87,4 @@ if workflow.is_main_process:
             "Check its owner and the free space, or work in a copy of the project that is yours."
         )
     if "gpu" not in workflow.global_resources:
-        workflow.register_resource("gpu", 1)
+        workflow.register_resource("gpu", max(1, *(profile.gpus for profile in PARAMS.profiles.values())))

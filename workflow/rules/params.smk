@@ -92,9 +92,9 @@ def planned(module):
 
 
 def same_as(wildcards):
-    """The earlier row of the report that is the same experiment at this scale."""
+    """The earlier row of runs.yaml that is the same experiment at this scale."""
     with one_sentence():
-        return PARAMS.same_as(wildcards.run, wildcards.profile, PARAMS.report_rows("table2"))
+        return PARAMS.same_as(wildcards.run, wildcards.profile)
 
 
 def dataset(wildcards):

@@ -1,34 +1,81 @@
-# Table 2 of SW, from metrics files and from what the paper prints. It waits for the replay, so that one command does all.
-# update, because the old table must stay where a new one fails: without it Snakemake deletes first.
+# Pages on runs: from metrics files and from what the papers print. They wait for the replay, so that one command does all.
+# update, because the old page must stay where a new one fails: without it Snakemake deletes first.
+# One rule, under three names for what is drawn beside the table: accuracy against distance (Table 2), nothing, two panels.
 REPORTS = ACTIVE.reports_folder
+
+
+def drawn(*ends):
+    """The reports that have these figures, as a pattern."""
+    return "|".join(name for name, plan in PARAMS.reports.items() if plan.figures == ends) or "none"
+
+
+def counts(wildcards):
+    """What is counted of the table, where costs.yaml says so: its numbers do not depend on when they were counted."""
+    return [ancient(f"reports/{wildcards.report}_counts.csv")] if wildcards.report in PARAMS.costs else []
+
+
+def claims(wildcards):
+    table = PARAMS.report(wildcards.report).claims
+    return [f"reports/paper/{table}"] if table else []
+
+
+def extra(wildcards):
+    """What a page shows that comes from no run."""
+    plan, counted = PARAMS.report(wildcards.report), PARAMS.costs.get(wildcards.report)
+    return [
+        *([fingerprint("swconv.reporting.formulas")] if "formulas" in plan.sections else []),
+        *([counted.model_dump_json(), fingerprint("swconv.reporting.costs")] if counted else []),
+    ]
 
 
 rule table2:
     input:
-        results(
-            "train/metrics.json",
-            "train/run.json",
-            "evaluate/metrics.json",
-            "evaluate/run.json",
-        ),
+        results("train/metrics.json", "train/run.json", "evaluate/metrics.json", "evaluate/run.json", curves="train/log.jsonl"),
         tracked=rules.track.output,
-        claims="reports/paper/sw_table2.csv",
+        claims=claims,
+        counts=counts,
     output:
-        table=update(f"{REPORTS}/table2.md"),
-        cells=update(f"{REPORTS}/table2.csv"),
-        provenance=update(f"{REPORTS}/table2.provenance.json"),
-        figure=update(f"{REPORTS}/figures/table2_distance.svg"),
+        table=update(f"{REPORTS}/{{report}}.md"),
+        cells=update(f"{REPORTS}/{{report}}.csv"),
+        provenance=update(f"{REPORTS}/{{report}}.provenance.json"),
+        figure=update(f"{REPORTS}/figures/{{report}}_distance.svg"),
     params:
         profile=ACTIVE.profile,
-        seeds=list(ACTIVE.seeds),
-        rows=[PARAMS.runs[run].model_dump_json() for run in PARAMS.report_rows("table2")],
-        others=other_results(),
-        code=fingerprint("swconv.reporting.table2"),
-        out=subpath(output.table, parent=True),
+        seeds=report_seeds,
+        plan=lambda wildcards: PARAMS.report(wildcards.report).model_dump_json(),
+        rows=lambda wildcards: [PARAMS.runs[run].model_dump_json() for run in PARAMS.report_rows(wildcards.report)],
+        others=other_results,
+        extra=extra,
+        code=fingerprint("swconv.reporting.report"),
+        out=REPORTS,
     log:
-        f"logs/report/{ACTIVE.profile}-table2.log",
+        f"logs/report/{ACTIVE.profile}-{{report}}.log",
+    wildcard_constraints:
+        report=drawn("_distance.svg"),
     shell:
-        "python -m swconv report table2 --profile {params.profile} --seeds {params.seeds} --out {params.out} 2>&1 | tee {log}"
+        "python -m swconv report {wildcards.report} --profile {params.profile} --seeds {params.seeds} --out {params.out}"
+        " 2>&1 | tee {log}"
+
+
+use rule table2 as page with:
+    output:
+        table=update(f"{REPORTS}/{{report}}.md"),
+        cells=update(f"{REPORTS}/{{report}}.csv"),
+        provenance=update(f"{REPORTS}/{{report}}.provenance.json"),
+    wildcard_constraints:
+        report=drawn(),
+
+
+use rule table2 as figure with:
+    output:
+        table=update(f"{REPORTS}/{{report}}.md"),
+        cells=update(f"{REPORTS}/{{report}}.csv"),
+        provenance=update(f"{REPORTS}/{{report}}.provenance.json"),
+        left=update(f"{REPORTS}/figures/{{report}}_left.svg"),
+        right=update(f"{REPORTS}/figures/{{report}}_right.svg"),
+        points=update(f"{REPORTS}/figures/{{report}}.csv"),
+    wildcard_constraints:
+        report=drawn("_left.svg", "_right.svg", ".csv"),
 
 
 def outdate_failed_report():
@@ -37,27 +84,30 @@ def outdate_failed_report():
     Snakemake brings the old one back, with the date of now and a note that it was made from what the new one failed on.
     """
     for job in workflow.scheduler.failed:
-        for path in filter(os.path.exists, job.output if job.rule.name == "table2" else []):
+        for path in filter(os.path.exists, job.output if job.rule.name in ("table2", "page", "figure") else []):
             workflow.persistence.cleanup_metadata(path)
             os.utime(path, (1, 1))  # 0 would be no date to Snakemake
 
 
 def belongs_elsewhere(wildcards):
+    page = f"{wildcards.report}.md"
     sys.exit(
-        f"reports/table2.md shows the profiles mini and paper, but {ACTIVE.profile} is active (params/active.yaml), whose table is "
-        f"{REPORTS}/table2.md. For the other: snakemake --cores all reports/table2.md --config profile=mini seeds=0,1,2"
+        f"reports/{page} shows the profiles mini and paper, but {ACTIVE.profile} is active (params/active.yaml), whose page is "
+        f"{REPORTS}/{page}. For the other: snakemake --cores all reports/{page} --config profile=mini seeds=0,1,2"
     )
 
 
-# Asked for while another profile is active, the committed table would pass for up to date.
+# Asked for while another profile is active, the committed page would pass for up to date.
 if REPORTS != "reports":
 
     rule elsewhere:
         input:
             belongs_elsewhere,
         output:
-            "reports/table2.md",
+            "reports/{report}.md",
         log:
-            "logs/report/elsewhere.log",
+            "logs/report/elsewhere-{report}.log",
+        wildcard_constraints:
+            report="|".join(PARAMS.reports),
         shell:
             "false > {log}"

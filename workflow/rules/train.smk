@@ -1,5 +1,27 @@
-# One model per row of params/runs.yaml and seed. Killed, it goes on from checkpoints/, which no rule owns.
+# One model per row of params/runs.yaml and seed. Killed, it goes on from checkpoints/, which no rule owns. Asked to stop
+# (SIGTERM, SIGUSR1), it saves its state and ends with exit code 85: a failed job, which the same command takes up again.
+# A training that diverges is a result, too: its metrics say at which step, and its cells in the reports.
 RUN = "artifacts/{profile}/train/{run}/seed{seed}"
+
+
+def start_of(name):
+    """A file of the weights that a run starts from; none where it starts from random ones."""
+
+    def path(wildcards):
+        with one_sentence():
+            source = PARAMS.source(wildcards.run)
+        return f"{RUN}/{name}".format(profile=wildcards.profile, run=source, seed=wildcards.seed) if source else []
+
+    return path
+
+
+def training_threads(wildcards):
+    """Of all processes of a training."""
+    return machine_threads(wildcards) * PARAMS.profiles[wildcards.profile].machine.processes
+
+
+def training_gpus(wildcards):
+    return PARAMS.profiles[wildcards.profile].gpus
 
 
 rule train:
@@ -8,6 +30,8 @@ rule train:
         manifest=f"{DATA}/manifest.csv.sha256",
         library=ancient(f"{BUILD}/build.json"),
         csrc=f"{BUILD}/csrc.meaning",
+        init=ancient(start_of("weights.safetensors")),
+        init_digest=start_of("weights.safetensors.sha256"),
     output:
         metrics=f"{RUN}/metrics.json",
         run=f"{RUN}/run.json",
@@ -20,14 +44,16 @@ rule train:
         planned=planned("swconv.training.loop"),
         data=subpath(input.data, parent=True),
         out=subpath(output.metrics, parent=True),
+        init=lambda wildcards, input: f"--init {input.init}" if input.init else "",
     log:
         "logs/train/{profile}-{run}-seed{seed}.log",
-    threads: machine_threads
+    threads: training_threads
     resources:
-        gpu=machine_gpus,
+        gpu=training_gpus,
     shell:
         "python -m swconv train {wildcards.run} --profile {wildcards.profile} --seed {wildcards.seed}"
-        " --data {params.data} --out {params.out} --planned {params.planned} 2>&1 | tee {log}"
+        " --data {params.data} --out {params.out} {params.init} --planned {params.planned}"
+        " 2>&1 | tee {log}"
 
 
 # A row that is the same experiment as an earlier one at this scale is not trained twice: it says so instead.

@@ -24,26 +24,30 @@ ATTEMPTS, PAUSE = 6, 2.0  # s
 
 
 def record(repo: Repo, known: params.Params, current: set[str]) -> None:
-    """Record the stages that are current and differ from dvc.lock."""
+    """Record the stages that are current and differ from dvc.lock, each in the one beside its dvc.yaml."""
     with lock_repo(repo):
         stages = [stage for stage in repo.index.stages if is_current(stage, known, current)]
         if changed := [stage for stage in stages if any(stage.changed_entries())]:
             for stage in changed:
                 stage.save()
                 stage.commit(relink=False)  # a relinked file has a new date
-            changed[0].dvcfile.dump_stages(changed, update_pipeline=False)
+            for path in {stage.path for stage in changed}:
+                listed = [stage for stage in changed if stage.path == path]
+                listed[0].dvcfile.dump_stages(listed, update_pipeline=False)
             print(f"dvc.lock: {len(changed)} stages recorded", file=sys.stderr)
 
 
 def is_current(stage: PipelineStage, known: params.Params, current: set[str]) -> bool:
     asked = targets(known, *asks(stage.cmd))
-    return current.issuperset(asked) and all(Path(path).exists() for path in [*asked, *(out.fs_path for out in stage.outs)])
+    there = all(Path(path).exists() for path in [*asked, *(out.fs_path for out in stage.outs)])
+    return bool(asked) and current.issuperset(asked) and there
 
 
 def remove_checkpoints(current: set[str]) -> None:
     """Remove the resumable state of every run that is current, whether or not its stage can be recorded."""
     for path in map(Path, current):
-        if path.match("artifacts/*/train/*/seed*/run.json") and path.exists():
+        trains = path.match("artifacts/*/train/*/seed*/run.json") or path.match("artifacts/*/finetune/*/seed*/run.json")
+        if trains and path.exists():
             key = json.loads(path.read_text()).get("key", "")
             if re.fullmatch("[0-9a-f]+", key):
                 shutil.rmtree(Path("checkpoints", key), ignore_errors=True)

@@ -1,0 +1,333 @@
+"""What a training step costs beside its arithmetic: the trainer's own share, mask updates, resuming, and memory."""
+
+import logging
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swconv import atomic
+from swconv.bench import forms
+from swconv.bench.circumstances import check_ready, circumstances, device_name
+from swconv.bench.data import make_photographs
+from swconv.bench.timing import Progress
+from swconv.ops import ShiftwiseConv2d
+from swconv.training import checkpoint, manifest
+from swconv.training.loop import Training
+
+PARTS = {"decode": "images: read, decode, augment", "forward": "forward", "backward": "backward", "optimizer": "optimizer",
+         "rest": "**all else**"}
+TARGETS = {"rest": 0.03, "masks": 0.01, "resume": 5.0, "memory": 0.5}  # share, share, s, ratio
+UPDATES = 100                                                         # steps between mask updates, over which one is spread
+Rows = Mapping[str, Mapping[str, Any]]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured.
+
+    Attributes
+    ----------
+    warm, steps : mapping of str to int
+        Optimizer steps of each row that are left out at the beginning, and that are measured.
+    digits, photographs : int
+        Images that the rows train on.
+    batch, image : int
+        Of the row on photographs, and of the step whose memory is measured; px.
+    network : mapping
+        Arguments of `sw_tiny` in the latter.
+    """
+
+    warm: Mapping[str, int]
+    steps: Mapping[str, int]
+    digits: int
+    photographs: int
+    batch: int
+    image: int
+    network: Mapping[str, Any]
+
+
+FULL = Plan({"mini": 10, "paper": 2}, {"mini": 100, "paper": 8}, 8000, 96, 8, 224, {})
+QUICK = Plan({"mini": 1, "paper": 1}, {"mini": 2, "paper": 1}, 256, 16, 4, 64,
+             {"depths": [1, 1], "dims": [8, 16], "kernel_sizes": [13, 5]})
+
+
+def run(out: Path, device: str, quick: bool, rows: Rows) -> tuple[Path, Path]:
+    """Measure, and write training-cpu.json and .md into a folder, with -quick behind a quick run's name.
+
+    Parameters
+    ----------
+    rows : mapping
+        SW-tiny at the scales `mini` and `paper`: resolved rows of params.
+
+    Raises
+    ------
+    ValueError
+        For another device than the CPU.
+    RuntimeError
+        When the compiled operators are missing.
+    """
+    if device != "cpu":
+        raise ValueError(f"bench training measures the CPU, got --device {device}. Leave --device out.")
+    check_ready(torch.device(device), "training")
+    found = measure(QUICK if quick else FULL, rows) | {"quick": quick}
+    paths = tuple(out / f"training-{device_name(found)}.{kind}" for kind in ("json", "md"))
+    atomic.write_json(paths[0], found)
+    atomic.write_atomic(paths[1], render(found).encode())
+    log.info("wrote %s and %s", *paths)
+    return paths
+
+
+def measure(plan: Plan, rows: Rows) -> dict[str, Any]:
+    """All that the report tells: circumstances, `steps` and `masks` by row, `resume` in seconds, `memory` in bytes by form."""
+    start, threads = time.perf_counter(), torch.get_num_threads()
+    told = circumstances("training", torch.device("cpu"), "swconv.bench.training", plan=asdict(plan))
+    bar, told["steps"], told["masks"], told["resume"] = Progress(5), {}, {}, {}
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            bar.step("making images")
+            configs = {"mini": _mini(rows["mini"], plan, Path(folder, "mini")),
+                       "paper": _paper(rows["paper"], plan, Path(folder, "paper"), threads)}
+            for name, config in configs.items():
+                bar.step(f"training steps, {name}")
+                training = Training(config, Path(folder, name), 0)
+                training.start(None, {})
+                told["steps"][name] = _steps(training, plan.warm[name], plan.steps[name])
+                told["masks"][name] = _masks(training)
+                told["resume"][name] = _resume(training, config, Path(folder, name))
+                del training
+    finally:
+        torch.set_num_threads(threads)
+    told["resume"]["import"] = float(_python("import time; began = time.perf_counter(); import swconv.training.loop; "
+                                             "print(time.perf_counter() - began)"))
+    told["memory"] = {}
+    for form in ("ours", "two_step"):
+        bar.step(f"peak memory, {form}")
+        told["memory"][form] = int(_python(f"from swconv.bench.training import peak; print(peak({form!r}, {plan.batch}, "
+                                           f"{plan.image}, {dict(plan.network)!r}))"))
+    bar.close()
+    return told | {"seconds": time.perf_counter() - start}
+
+
+def peak(form: str, batch: int, image: int, network: Mapping[str, Any]) -> int:
+    """Most bytes that this process held (resident) up to the end of one training step of `sw_tiny`: run it in a new process.
+
+    Parameters
+    ----------
+    form : {"ours", "two_step"}
+        The operator in its strip form, or as published: maps of all filters, shifted and added.
+    """
+    import resource
+
+    model = training_form(timm.create_model("sw_tiny", **network), form)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    images = torch.randn(batch, 3, image, image).to(memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last).train()
+    F.cross_entropy(model(images), torch.zeros(batch, dtype=torch.int64)).backward()
+    optimizer.step()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def training_form(model: nn.Module, form: str) -> nn.Module:
+    """The network with its SW layers in one of the two forms, changed in place; both are the same function."""
+    if form == "two_step":
+        for layer in model.modules():
+            if isinstance(layer, ShiftwiseConv2d):
+                layer.branches = partial(forms.two_step, layer)
+    return model
+
+
+# ---- the rows
+
+
+def _mini(row: Mapping[str, Any], plan: Plan, folder: Path) -> dict[str, Any]:
+    config = dict(row) | {"dataset": row["dataset"] | {"train_images": plan.digits, "val_images": 20}}
+    manifest.prepare(config["dataset"], folder)
+    return config
+
+
+def _paper(row: Mapping[str, Any], plan: Plan, folder: Path, threads: int) -> dict[str, Any]:
+    make_photographs(folder / "images", plan.photographs, (500, 375))
+    config = dict(row) | {
+        "recipe": row["recipe"] | {"batch_size": plan.batch, "sparsity": row["recipe"]["sparsity"] | {"update_every": UPDATES}},
+        "dataset": row["dataset"] | {"root": str(folder / "images"), "num_classes": 2, "image_size": plan.image, "workers": 0},
+        "machine": row["machine"] | {"device": "cpu", "threads": threads, "processes": 1, "micro_batch": None},
+        "model": row["model"] | {"args": row["model"]["args"] | plan.network}}
+    manifest.prepare(config["dataset"], folder)
+    return config
+
+
+# ---- what is measured
+
+
+def _steps(training: Training, warm: int, count: int) -> dict[str, Any]:
+    """Milliseconds of every part of a step, means over `count` steps; and the share of what is none of `PARTS`' first four."""
+    seconds: Counter[str] = Counter()
+    with _timed(training, seconds):
+        steps = _without_end(training)
+        for _ in range(warm):
+            next(steps)
+        seconds.clear()
+        began = time.perf_counter()
+        for _ in range(count):
+            next(steps)
+        total = time.perf_counter() - began
+    seconds["rest"] = total - sum(seconds.values())
+    return {"step_ms": 1e3 * total / count, "batch": training.recipe["batch_size"], "steps": count,
+            "parts_ms": {part: 1e3 * seconds[part] / count for part in PARTS}, "rest_share": seconds["rest"] / total}
+
+
+def _without_end(training: Training) -> Iterator[Any]:
+    """Steps of one epoch after the other, with neither evaluation nor checkpoint between them."""
+    while True:
+        yield from training.epoch("bench", 0, lambda: [False, False])
+        training.position = 0
+
+
+@contextmanager
+def _timed(training: Training, seconds: Counter[str]) -> Iterator[None]:
+    """Add up the time of loading, forward (with the loss), backward, and the optimizer."""
+    def timed(part: str, call: Callable) -> Callable:
+        def inner(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                seconds[part] += time.perf_counter() - began
+        return inner
+
+    def loading(epoch: Callable) -> Callable:
+        def batches(*args: Any) -> Iterator[Any]:
+            source, end = epoch(*args), object()
+            fetch = timed("decode", lambda: next(source, end))
+            while (batch := fetch()) is not end:
+                yield batch
+        return batches
+
+    places = [(training.loader, "epoch", loading(training.loader.epoch)),
+              (training, "forward", timed("forward", training.forward)),
+              (F, "cross_entropy", timed("forward", F.cross_entropy)),
+              (Tensor, "backward", timed("backward", Tensor.backward)),
+              (training.optimizer, "step", timed("optimizer", training.optimizer.step))]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
+    try:
+        for owner, name, call in places:
+            setattr(owner, name, call)
+        yield
+    finally:
+        for owner, name, call in before:
+            setattr(owner, name, call)
+
+
+def _masks(training: Training, rounds: int = 5) -> dict[str, float]:
+    """Milliseconds to mask the weights, and to update the masks besides: medians."""
+    sparsity, found = training.sparsity, {"mask_ms": [], "update_ms": []}
+    every = training.recipe["sparsity"]["update_every"]
+    for number in range(2 * rounds):
+        sparsity.steps = every - 1 if number % 2 else every               # the next step updates, or does not
+        if every == 1 and not number % 2:
+            continue
+        began = time.perf_counter()
+        event = sparsity.step(training.optimizer)
+        found["update_ms" if event else "mask_ms"].append(1e3 * (time.perf_counter() - began))
+    masking, both = (statistics.median(found[name] or [0.0]) for name in ("mask_ms", "update_ms"))
+    return {"mask_ms": masking, "update_ms": both - masking}
+
+
+def _resume(training: Training, config: Mapping[str, Any], folder: Path) -> float:
+    """Seconds from a new process's imports to its first step: objects, data, and the newest checkpoint."""
+    state = training.state() | {"generators": [checkpoint.generators()]}
+    checkpoint.save(folder / "checkpoints", 1, 0, state)
+    began = time.perf_counter()
+    again = Training(config, folder, 0)
+    again.start(checkpoint.newest(folder / "checkpoints"), {})
+    return time.perf_counter() - began
+
+
+def _python(code: str) -> str:
+    """What a new Python prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"bench training could not measure in a process of its own: {done.stderr.strip().splitlines()[-1]}")
+    return done.stdout
+
+
+# ---- the page
+
+
+def render(record: Mapping[str, Any]) -> str:
+    """The page of `measure`'s record."""
+    hardware, plan, memory, resume = record["hardware"], record["plan"], record["memory"], record["resume"]
+    trial = "**A trial on tiny networks, to see that it runs; its numbers say nothing.**\n\n" if record["quick"] else ""
+    changed = ", with changes that are not committed" if record["git_dirty"] else ""
+    titles = {"mini": "SW-tiny on the mini task", "paper": f"SW-tiny, {plan['image']} px"}
+    steps, masks, starts = [], [], []
+    for name, title in titles.items():
+        row, mask = record["steps"][name], record["masks"][name]
+        share = mask["update_ms"] / UPDATES / row["step_ms"]
+        steps.append([title, row["batch"], f"{row['step_ms']:.1f}", *(f"{row['parts_ms'][part]:.2f}" for part in PARTS),
+                      f"{100 * row['rest_share']:.1f} %", _met(row["rest_share"] <= TARGETS["rest"])])
+        masks.append([title, f"{mask['mask_ms']:.2f}", f"{mask['update_ms']:.2f}", f"{100 * share:.2f} %",
+                      _met(share <= TARGETS["masks"])])
+        starts.append([title, f"{resume['import']:.1f}", f"{resume[name]:.1f}",
+                       _met(resume["import"] + resume[name] <= TARGETS["resume"])])
+    ratio = memory["ours"] / memory["two_step"]
+    peaks = [["ours, strips", f"{memory['ours'] / 2**30:.2f}"], ["two-step as published", f"{memory['two_step'] / 2**30:.2f}"],
+             ["ratio", f"{ratio:.2f} ({_met(ratio <= TARGETS['memory'])}: at most {TARGETS['memory']})"]]
+    return f"""# Training on {hardware['cores']} cores of {hardware['cpu']}
+
+{trial}Made by `python -m swconv bench training` at {record['started']} in {record['seconds']:.0f} s; commit \
+{record['git_commit'] or 'unknown'}{changed}. Load before: {record['load_before']}. Versions: \
+{', '.join(f'{name} {version}' for name, version in record['versions'].items() if version is not None)}.
+
+## A step
+
+Milliseconds, means over the steps measured. All else is the trainer's own: normalising, erasing, Mixup, schedule, masks, \
+checks, progress; aim: at most {100 * TARGETS['rest']:.0f} % of a step. Images are loaded in the training process.
+
+{_table(['', 'batch', 'step', *PARTS.values(), 'share', 'aim'], steps)}
+
+## Masks
+
+Milliseconds to set dead weights to zero (after every step) and to update the masks, spread over {UPDATES} steps; aim: at most \
+{100 * TARGETS['masks']:.0f} % of a step.
+
+{_table(['', 'mask', 'update', 'of a step', 'aim'], masks)}
+
+## Resuming
+
+Seconds from the start of a process to its first step; aim: at most {TARGETS['resume']:.0f}.
+
+{_table(['', 'imports', 'network, data, checkpoint', 'aim'], starts)}
+
+## Memory
+
+GiB that a process holds at most, over one training step of SW-tiny with {plan['batch']} images of {plan['image']} px, Python \
+and torch themselves included. The two-step form sums the filters of the Rep branches first; the released code does not.
+
+{_table(['', 'peak'], peaks)}
+"""
+
+
+def _met(met: bool) -> str:
+    return "met" if met else "missed"
+
+
+def _table(head: list[str], rows: list[list[Any]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)

@@ -1,0 +1,57 @@
+"""One fine-tune per task, side by side: what it reached, what it had to, and which run it was."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from swconv.atomic import write_atomic
+
+HEADLINE = {"ade20k": ("mIoU",), "coco": ("AP50_box", "AP50_mask"), "voc": ("mAP",), "nuscenes": ("mAP", "NDS")}
+
+
+def build(artifacts: Path, rows: Sequence[tuple[str, str, Mapping[str, float]]], seed: int, out: Path) -> None:
+    """Write the table of a profile.
+
+    Parameters
+    ----------
+    artifacts : Path
+        Of the profile; below it finetune/<run>/seed<k>/ and downstream/<run>/seed<k>/ with metrics.json and run.json.
+    rows : sequence of (task, run, targets)
+        Targets by name of the metric; none where nothing has to be reached.
+    out : Path
+        Of the Markdown file.
+    """
+    lines = ["| task | run | measure | wanted | found | unit | reached | steps | minutes | code | commit |",
+             "|---|---|---|---|---|---|---|---|---|---|---|"]
+    for task, run, targets in rows:
+        trained, judged = (_read(artifacts / stage / run / f"seed{seed}") for stage in ("finetune", "downstream"))
+        steps = trained["metrics"].get("steps", trained["metrics"].get("diverged"))["value"]
+        facts = (steps, f"{trained['run']['seconds'] / 60:.1f}", trained["run"]["code"], _commit(trained["run"]))
+        for name in HEADLINE[task]:
+            lines.append(_line(task, run, name, targets.get(name), judged["metrics"], facts))
+    setting = json.loads((artifacts / "finetune" / rows[0][1] / f"seed{seed}" / "run.json").read_text())
+    text = "\n".join([
+        "# One fine-tune per task", "",
+        f"Profile `{setting['profile']}`, seed {seed}: networks and sets of images are tiny, and no number here stands for a "
+        "benchmark's. Where a number is wanted, the network is trained and evaluated on the same images, so that targets, "
+        "losses, decoding and evaluation have to belong together.", "", *lines, "",
+        f"Made by `python -m swconv downstream-table` from metrics.json and run.json of each run, on "
+        f"{setting['hardware']['cpu']}, threads: {setting['flags']['threads']}.", ""])
+    write_atomic(out, text.encode())
+
+
+def _line(task: str, run: str, name: str, wanted: float | None, metrics: Mapping[str, Any], facts: Sequence[Any]) -> str:
+    found = metrics.get(name)
+    reached = "" if wanted is None else "yes" if found and found["value"] >= wanted else "**no**"
+    cells = [task, run, name, "" if wanted is None else f"{wanted:g}", f"{found['value']:.2f}" if found else "none",
+             found["unit"] if found else "", reached, *facts]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    return {name: json.loads((folder / f"{name}.json").read_text()) for name in ("metrics", "run")}
+
+
+def _commit(run: Mapping[str, Any]) -> str:
+    return (run["git_commit"] or "none")[:8] + (" + changes" if run["git_dirty"] else "")

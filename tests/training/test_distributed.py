@@ -1,0 +1,203 @@
+"""Two gloo processes: the weights of one process with twice the batch, bit for bit after a stop or a kill, and one command."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import multiprocessing
+
+from swconv import params
+from swconv.training import loop, manifest, optim, record
+from swconv.training.stop import StoppedError
+
+RUN, STEPS = "sw22", 10
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    manifest.prepare(params.load().profiles["smoke"].dataset.model_dump(exclude_none=True), folder)
+    return folder
+
+
+def configuration(micro_batch: int | None = None) -> dict:
+    """No mask, drop path, mixup or augmentation: nothing that knows how many processes there are."""
+    config = params.load().resolve(RUN, "smoke")
+    config["recipe"] |= {"epochs": 3, "evaluate_every": 1, "sparsity": None}
+    config["machine"] |= {"micro_batch": micro_batch}
+    return config
+
+
+def circumstances(config: dict) -> dict:
+    return record.circumstances(key="k", run=RUN, profile="smoke", seed=0, code="c", config=config, data_sha256="d")
+
+
+def trained(kind: str, micro_batch: int | None, digits: Path) -> tuple[dict, list[float]]:
+    """Weights and losses of ten steps in float64."""
+    build = loop.build
+    loop.build = lambda config: build(config).double()
+    try:
+        config = configuration(micro_batch)
+        training = loop.Training(config, digits, seed=0)
+        normalise = training.normalise
+        training.normalise = lambda images: normalise(images).double()
+        if kind == "sgd":
+            training.optimizer = torch.optim.SGD(training.model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
+            training.schedule = optim.schedule(training.optimizer, config["recipe"], training.steps)
+        losses = []
+        while len(losses) < STEPS:
+            batches = training.loader.epoch(training.done + 1)
+            for _ in range(training.steps):
+                losses += training.step(len(losses), [next(batches) for _ in range(training.loader.parts)])
+            training.done += 1
+        training.leave_group()
+        return training.model.state_dict(), losses[:STEPS]
+    finally:
+        loop.build = build
+
+
+CASES = [(kind, micro_batch) for kind in ("sgd", "adamw") for micro_batch in (None, 16)]
+
+
+def _process(rank: int, digits: Path, folder: Path) -> None:
+    warnings.simplefilter("error")
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                   "SWCONV_RENDEZVOUS": f"file://{folder}/rendezvous"}
+    with loop.distributed.group("cpu"):
+        for kind, micro_batch in CASES:
+            torch.save(trained(kind, micro_batch, digits), folder / f"{kind}-{micro_batch}-{rank}.pt")
+    os.environ["SWCONV_RENDEZVOUS"] += "-again"
+    looks = iter(range(100))
+    config = configuration()
+    try:
+        loop.train(config, digits, folder / "out", folder / "checkpoints", circumstances(config),
+                   asked=lambda: next(looks) == 5)
+    except StoppedError:
+        (folder / f"stopped{rank}").touch()
+
+
+@pytest.fixture(scope="module")
+def processes(digits, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gloo")
+    multiprocessing.spawn(_process, args=(digits, folder), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize(("kind", "micro_batch"), CASES)
+def test_two_processes_train_to_the_weights_of_one_with_twice_the_batch(processes, digits, kind, micro_batch):
+    alone, losses = trained(kind, micro_batch, digits)
+    (first, their_losses), (second, _) = (torch.load(processes / f"{kind}-{micro_batch}-{rank}.pt") for rank in range(2))
+    tolerance = {"sgd": 1e-12, "adamw": 1e-8}[kind]
+    start = loop.build(configuration()).state_dict()
+    for name, tensor in alone.items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], tensor, atol=tolerance, rtol=0)
+    assert (alone["head.weight"] - start["head.weight"]).abs().max() > 1e-3
+    assert their_losses == pytest.approx(losses, abs=1e-8)
+
+
+def test_one_process_takes_up_what_two_began_and_sees_the_same_batches(processes, digits, tmp_path, caplog):
+    assert (processes / "stopped0").exists()
+    assert (processes / "stopped1").exists()
+    shutil.copytree(processes / "checkpoints", tmp_path / "checkpoints")
+    config = configuration()
+    loop.train(config, digits, tmp_path / "out", tmp_path / "checkpoints", circumstances(config))
+    loop.train(config, digits, tmp_path / "alone/out", tmp_path / "alone/checkpoints", circumstances(config))
+    assert "was written by 2 processes, and 1 go on: the order of the images stays" in caplog.text
+    told = json.loads((tmp_path / "out/run.json").read_text())
+    assert told["resumed_from_step"] == 6
+    assert [place["processes"] for place in told["environments"]] == [2, 1]
+    lines = [[json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+             for out in (tmp_path / "out", tmp_path / "alone/out")]
+    for line, other in zip(*lines, strict=True):
+        assert line["train_loss"] == pytest.approx(other["train_loss"], abs=1e-3)
+        assert line["val_loss"] == pytest.approx(other["val_loss"], abs=1e-2)
+
+
+# --- the verb, which starts the processes
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """An empty folder with params/, two processes in its profile, and data."""
+    folder = tmp_path_factory.mktemp("project")
+    shutil.copytree("params", folder / "params")
+    mini = folder / "params/profiles/mini.yaml"
+    mini.write_text(re.sub(r"(?m)^  processes: 1", "  processes: 2", mini.read_text()))
+    smoke = folder / "params/profiles/smoke.yaml"
+    smoke.write_text(re.sub(r"epochs: 2,", "epochs: 10, ema_decay: 0.9, drop_path_rate: 0.2,", smoke.read_text(), count=1))
+    assert verb(folder, "data", "--profile", "smoke", "--out", "data").wait() == 0
+    return folder
+
+
+def verb(folder: Path, *arguments: str) -> subprocess.Popen:
+    with (folder / "told").open("w") as told:
+        return subprocess.Popen([sys.executable, "-m", "swconv", *arguments], cwd=folder, stderr=told,
+                                env=os.environ | {"PYTHONPATH": str(Path.cwd())}, start_new_session=True)
+
+
+def ended(process: subprocess.Popen, folder: Path, code: int) -> str:
+    """What a verb said until it ended with this exit code."""
+    found, told = process.wait(timeout=300), (folder / "told").read_text()
+    assert found == code, told
+    return told
+
+
+def training(folder: Path, out: str) -> subprocess.Popen:
+    return verb(folder, "train", "sw15", "--profile", "smoke", "--seed", "0", "--data", "data", "--out", out)
+
+
+def wait_for_epoch(process: subprocess.Popen, folder: Path, epoch: int) -> None:
+    deadline = time.monotonic() + 240
+    while not [path for path in folder.glob("checkpoints/*/epoch*.pt") if int(path.name[5:9]) >= epoch]:
+        assert process.poll() is None, (folder / "told").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_one_command_trains_in_two_processes_and_stops_and_kills_change_no_bit(project):
+    assert ended(training(project, "straight"), project, 0).count("epoch  10/10") == 1
+    (checkpoints,) = project.glob("checkpoints/*")
+    shutil.rmtree(checkpoints)
+
+    cut = training(project, "cut")
+    wait_for_epoch(cut, project, 2)
+    cut.send_signal(signal.SIGUSR1)
+    assert "stopped as asked after step" in ended(cut, project, 85)
+    assert not (project / "cut").exists()
+
+    cut = training(project, "cut")
+    wait_for_epoch(cut, project, 5)
+    os.killpg(cut.pid, signal.SIGKILL)
+    cut.wait()
+    assert not (project / "cut").exists()
+
+    ended(training(project, "cut"), project, 0)
+    for name in ("weights.safetensors", "metrics.json"):
+        assert (project / "cut" / name).read_bytes() == (project / "straight" / name).read_bytes()
+    result = json.loads((project / "cut/run.json").read_text())
+    assert result["resumed_from_epoch"] >= 5
+    assert result["environments"][0]["processes"] == 2
+    assert load_file(project / "cut/weights.safetensors")
+
+
+def test_a_process_that_dies_ends_the_others_and_the_command_says_which(project):
+    shutil.rmtree(project / "checkpoints", ignore_errors=True)
+    process = training(project, "dead")
+    wait_for_epoch(process, project, 1)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (second,) = [child for child in children if b"RANK=1\0" in Path(f"/proc/{child}/environ").read_bytes()]
+    os.kill(int(second), signal.SIGKILL)
+    assert "process 1 of 2 ended with exit code -9" in ended(process, project, 1)
+    assert not [child for child in children if Path(f"/proc/{child}").exists()]

@@ -26,7 +26,7 @@ from swconv.training.finished import diverged_at, published_sha256
 from swconv.training.loop import Sitting, Training, _Tally, autocast, prepare_machine, seed_all
 from swconv.training.record import values
 
-INTERVAL = 1000                                                       # iterations between two lines of the log, at most
+INTERVAL, LINES = 1000, 20                                            # iterations between lines of the log; least lines
 
 
 def fine_tune(config: Mapping[str, Any], data_dir: Path, out: Path, checkpoints: Path, record: dict[str, Any],
@@ -84,7 +84,7 @@ class FineTuning(Training):
         batches = Batches(len(images), batch, seed, part, used.groups(images), self.rank, self.world)
         self.epochs, self.steps = self.recipe["epochs"], batches.steps
         if iterations := self.recipe["iterations"]:
-            self.steps = math.gcd(iterations, INTERVAL)
+            self.steps = math.gcd(iterations, min(INTERVAL, max(1, iterations // LINES)))
             self.epochs = iterations // self.steps
         self.loader = Stream(images, batches, used.collate(training=True), self.steps, config["data"]["workers"],
                              self.device.type == "cuda")

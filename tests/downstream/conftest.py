@@ -84,3 +84,18 @@ def fitted(tiny, told):
         return folder / "out"
 
     return fit
+
+
+@pytest.fixture(scope="session")
+def finished(known, pretrained, fitted, tmp_path_factory):
+    """Of a task: resolved row and weights of its example on profile smoke."""
+    done = {}
+
+    def get(task: str) -> tuple[dict, Path]:
+        if task not in done:
+            row = known.resolve(known.examples[task], "smoke")
+            out = fitted(row, tmp_path_factory.mktemp(task), pretrained(known.examples[task]))
+            done[task] = row, out / "weights.safetensors"
+        return done[task]
+
+    return get

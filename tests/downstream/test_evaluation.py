@@ -21,21 +21,6 @@ MEASURES = {
 }
 
 
-@pytest.fixture(scope="module")
-def finished(known, pretrained, fitted, tmp_path_factory):
-    """Of a task: resolved row and weights of its example on profile smoke."""
-    done = {}
-
-    def get(task):
-        if task not in done:
-            row = known.resolve(known.examples[task], "smoke")
-            out = fitted(row, tmp_path_factory.mktemp(task), pretrained(known.examples[task]))
-            done[task] = row, out / "weights.safetensors"
-        return done[task]
-
-    return get
-
-
 @pytest.mark.parametrize("task", MEASURES)
 def test_a_fine_tune_is_measured_and_leaves_its_benchmarks_submission(task, finished, tiny, told, tmp_path):
     row, weights = finished(task)
@@ -96,6 +81,7 @@ def test_a_diverged_run_is_measured_as_that_and_nothing_is_drawn(known, fitted, 
     row = known.resolve(known.examples["voc"], "smoke")
     row["recipe"]["max_loss"] = 1e-9
     weights = fitted(row, tmp_path, pretrained(known.examples["voc"])) / "weights.safetensors"
+    assert json.loads(weights.with_name("metrics.json").read_text())["diverged"]["unit"] == "step"
     assert load_file(weights) == {}
     evaluate(row, tiny / "voc", weights, tmp_path / "assessed", told)
     assert json.loads((tmp_path / "assessed/metrics.json").read_text()).keys() == {"diverged"}

@@ -34,7 +34,8 @@ bench: setup
 	$(BIN)python -m swconv bench training --out reports/bench
 	$(BIN)python -m swconv bench downstream --out reports/bench
 
-# With VENV= it takes the active environment as it is: torch, torchvision, timm, numpy, safetensors, ninja and pytest are enough.
+# With VENV= it takes the active environment as it is: torch, torchvision, timm, numpy, safetensors, ninja, pytest and
+# faster-coco-eval are enough.
 gpu: $(if $(VENV),setup)
 	$(BIN)python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make gpu needs a GPU that torch sees.')"
 	$(BIN)python -m swconv build --out build/build.json

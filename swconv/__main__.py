@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 PARAMS = Path("params")
@@ -34,8 +35,14 @@ def data(args: argparse.Namespace) -> None:
     from swconv import params
     from swconv.training import manifest, reduced
 
-    dataset = params.load(PARAMS).profile(args.profile).dataset.model_dump(exclude_none=True)
+    known = params.load(PARAMS)
+    dataset = known.profile(args.profile).dataset.model_dump(exclude_none=True)
     record = manifest.prepare(dataset, args.out)
+    try:
+        known.check_images(args.profile, record["n_train"], record["n_val"])
+    except params.ParamsError:
+        (args.out / "data.json").unlink()                             # nothing trains without it
+        raise
     if "cache_px" in dataset:
         reduced.build(dataset, args.out)
     logging.info("%s: %d training and %d validation images", args.out, record["n_train"], record["n_val"])
@@ -148,29 +155,46 @@ def track(args: argparse.Namespace) -> None:
 def report(args: argparse.Namespace) -> None:
     from swconv import params
     from swconv.reporting import costs, formulas
-    from swconv.reporting.comparison import Control
-    from swconv.reporting.report import Column, Plan, build_report
+    from swconv.reporting.report import build_report
 
     known = params.load(PARAMS)
     known.profile(args.profile)
     plan, counted = known.report(args.report), known.costs.get(args.report)
-    columns = tuple(
-        Column(text=column.text, reference=column.reference, claim=plan.claims and claim, axis=column.along and column.text,
-               logarithmic=column.log,
-               rows=tuple(_row(known, name, run, column.along, isinstance(plan.rows, dict)) for name, run in cells.items()))
-        for (claim, column), cells in zip(plan.columns.items(), plan.cells.values(), strict=True)
-    )
-    controls = tuple(Control(run=run, model=known.runs[run].text, of=known.base(run, plan.runs)) for run in plan.controls)
     extra = [formulas.section(PAPER / plan.claims)] if "formulas" in plan.sections else []
     if counted:
         extra.append(costs.counts_section(counted.columns, Path("reports") / f"{args.report}_counts.csv"))
     proxy, imagenet = ("mini", "paper") if args.profile in ("mini", "paper") else (args.profile, None)
     build_report(
-        Plan(args.report, plan.title or counted.title, columns, controls, plan.claims and PAPER / plan.claims, plan.named_by,
-             plan.sections, plan.notes),
-        _evidence(args, proxy), args.out, command=f"snakemake --cores all {args.out / args.report}.md",
-        imagenet=imagenet and _evidence(args, imagenet), extra=extra,
+        _page(known, args.report), _evidence(args, proxy), args.out,
+        command=f"snakemake --cores all {args.out / args.report}.md", imagenet=imagenet and _evidence(args, imagenet),
+        published=_published(known) if imagenet else None, extra=extra,
     )
+
+
+def _published(known):
+    """Accuracies of published weights, by cell; without those of the runs that train such weights, which pages show anyway."""
+    from swconv.reporting.accuracies import read_accuracies
+
+    return read_accuracies({name: row.model_dump(mode="json") | {"run": None} for name, row in known.weights.items()}, PAPER)
+
+
+def _page(known, name: str):
+    """A report of params/runs.yaml, as `swconv.reporting.report` takes it."""
+    from swconv.reporting.comparison import Control
+    from swconv.reporting.report import Column, Plan
+
+    plan = known.report(name)
+    columns = tuple(
+        Column(text=column.text, reference=column.reference, claim=plan.claims and claim, axis=column.along and column.text,
+               logarithmic=column.log,
+               rows=tuple(_row(known, label, run, column.along, isinstance(plan.rows, dict)) for label, run in cells.items()))
+        for (claim, column), cells in zip(plan.columns.items(), plan.cells.values(), strict=True)
+    )
+    controls = tuple(Control(run=run, model=known.runs[run].text, of=known.base(run, plan.runs)) for run in plan.controls)
+    origins = {run: " ".join(filter(None, (f"Settings: {known.runs[run].certainty}.", known.runs[run].note)))
+               for run in known.report_rows(name)}
+    return Plan(name, plan.title or known.costs[name].title, columns, controls, plan.claims and PAPER / plan.claims,
+                plan.named_by, plan.sections, plan.notes, origins)
 
 
 def _row(known, name: str, run: str | None, along: str | None, named: bool):
@@ -215,6 +239,8 @@ def tables(args: argparse.Namespace) -> None:
     from swconv.reporting.accuracies import read_accuracies, read_scores, tiny_scores
     from swconv.reporting.costs import build_cost_table, build_counts, build_figure4, build_index
     from swconv.reporting.recipes import build_table8
+    from swconv.reporting.report import verdicts
+    from swconv.reporting.runs import Evidence
     from swconv.reporting.throughput import TABLES
 
     known, found = params.load(PARAMS), json.loads(args.counts.read_text())
@@ -244,7 +270,12 @@ def tables(args: argparse.Namespace) -> None:
     pages = {plan.claims: (name, plan.title) for name, plan in known.reports.items() if plan.claims}
     pages |= {table.claims: (name, table.title) for name, table in TABLES.items()}
     others = {"sw_table8.csv": ("table8", "SW Table 8: training settings", score)}
-    build_index(plain, counts, others, pages, accuracies, PAPER, args.out / "index.md")
+    published, scores = _published(known), {}
+    for name, plan in known.reports.items():
+        if plan.claims:
+            imagenet = Evidence.on_disk("paper", known.trained(plan.runs, "paper"))
+            scores[plan.claims] = verdicts(_page(known, name), imagenet, published)
+    build_index(plain, counts, others, pages, scores, accuracies, PAPER, args.out / "index.md")
 
 
 def throughput(args: argparse.Namespace) -> None:
@@ -506,13 +537,19 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         return args.function(args) or 0
-    except (OSError, ValueError, RuntimeError) as error:
-        sys.stderr.write(f"swconv {args.verb}: {_sentence(error)}\n")
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        if isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "swconv":
+            raise                                                     # a fault of this code, and of no installation
+        with suppress(BrokenPipeError):                               # nobody reads any more; the exit code still tells
+            sys.stderr.write(f"swconv {args.verb}: {_sentence(error)}\n")
         return getattr(error, "exit_code", 1)
 
 
 def _sentence(error: Exception) -> str:
-    """Our own faults are told as they are; what the system refused, with what to do."""
+    """Our own faults are told as they are; what the system refused and packages that are not there, with what to do."""
+    if isinstance(error, ImportError) and error.name:
+        return (f"{error.name.partition('.')[0]} needs to be installed, got '{error}'. Run `make setup`, or install it as "
+                "requirements.lock has it, then run the same command again.")
     if not (isinstance(error, OSError) and error.strerror):
         return str(error)
     return (f"{error.filename or 'a file'} needs to be there and open to you, got '{error.strerror}'. "

@@ -18,13 +18,7 @@ Size = tuple[Count, Count]
 Positive = Annotated[float, Field(gt=0)]
 Init = Literal["runs", "published", "random"]
 
-# What has to be in the folder of each task, to say so before anything starts.
-LAYOUTS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "ade20k": ("ADEChallengeData2016", ("images", "annotations")),
-    "coco": ("COCO 2017", ("annotations",)),
-    "voc": ("VOCdevkit", ("VOC2007",)),
-    "nuscenes": ("nuScenes", ("samples", "maps")),
-}
+TITLES: dict[str, str] = {"ade20k": "ADEChallengeData2016", "coco": "COCO 2017", "voc": "VOCdevkit", "nuscenes": "nuScenes"}
 
 
 class LayerDecay(_Row):
@@ -374,11 +368,11 @@ class Downstream:
 
     def check_data(self, task: str, profile: str) -> None:
         """Stop before any work when a folder that the user has to provide is not there."""
-        root = self.of_task(task, profile)["root"]
-        if root is None:
+        data = self.of_task(task, profile)
+        if (root := data["root"]) is None:
             return
-        title, needed = LAYOUTS[task]
-        missing = [name for name in needed if not (Path(root) / name).is_dir()]
+        title, needed = TITLES[task], _layout(task, data)
+        missing = [name for name in needed if not (Path(root) / name).exists()]
         if missing:
             raise ParamsError(f"profile {profile} needs {title} in {root}/ with {', '.join(needed)}, but "
                               f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not there. Put the dataset "
@@ -457,6 +451,20 @@ class Downstream:
             raise self._file.fault(("runs", run), f"run {run} on profile {profile}: batch_size {batch} must fall into parts of "
                                                   f"machine.micro_batch ({machine['micro_batch']}) images, and each part into "
                                                   f"equal shares of machine.processes ({machine['processes']})")
+
+
+def _layout(task: str, data: Mapping[str, Any]) -> list[str]:
+    """What has to be in the folder of a task for its splits, years or version."""
+    splits = dict.fromkeys((data["train"], data["val"]))
+    match task:
+        case "ade20k":
+            return [f"{kind}/{split}" for split in splits for kind in ("images", "annotations")]
+        case "coco":
+            return [place for split in splits for place in (split, f"annotations/instances_{split}.json")]
+        case "voc":
+            return [f"VOC{year}" for year in sorted({*data["train_years"], *data["val_years"]})]
+        case _:
+            return [data["version"], "samples", "maps"]
 
 
 def load(folder: Path, known: Params) -> Downstream:

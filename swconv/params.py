@@ -490,10 +490,17 @@ class Rate(_Row):
     basis: Literal["measured", "scaled", "guessed"]
 
 
+class Images(_Row):
+    """How many a dataset has."""
+
+    train: Count
+    val: Count
+
+
 class Planning(_Row):
     """What `swconv.plan` reckons with, see params/plan.yaml."""
 
-    images: dict[str, Count]
+    images: dict[str, Images]
     uncertainty: Share
     passes: Annotated[float, Field(gt=0)]
     speed: dict[str, Annotated[float, Field(gt=0)]] = Field(min_length=1)
@@ -747,6 +754,17 @@ class Params:
                 f"profile {profile} needs {dataset.name} in {dataset.root}/ with one folder per class under train/ and "
                 f"val/, but {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not there. Put the images there "
                 f"or link them: ln -s /path/to/{dataset.name} {dataset.root}."
+            )
+
+    def check_images(self, profile: str, train: int, val: int) -> None:
+        """Stop before any training when the folder of a dataset that params/plan.yaml knows holds another number of images."""
+        dataset = self.profile(profile).dataset
+        needed = self.planning.images.get(dataset.name)
+        if needed and (train, val) != (needed.train, needed.val):
+            raise ParamsError(
+                f"profile {profile} needs {needed.train} training and {needed.val} validation images of {dataset.name} "
+                f"(params/plan.yaml), got {train} and {val} in {dataset.root}. Complete the folder; or, to go on with these, "
+                f"give the dataset another name than {dataset.name} in a profile of your own (params/profiles/)."
             )
 
     def _ancestry(self, run: str) -> list[Run]:

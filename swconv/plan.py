@@ -244,8 +244,10 @@ def _training_images(known: Params, dataset: Mapping[str, Any], profile: str, ar
     listed = artifacts / profile / "data/data.json"
     if listed.exists():
         return json.loads(listed.read_text())["n_train"]
-    if images := dataset.get("train_images") or known.planning.images.get(dataset["name"]):
+    if images := dataset.get("train_images"):
         return images
+    if known_images := known.planning.images.get(dataset["name"]):
+        return known_images.train
     raise ParamsError(f"plan needs the number of training images of {dataset['name']}, which params/plan.yaml does not have. "
                       f"Have them listed: snakemake --cores all {listed}.")
 

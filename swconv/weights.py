@@ -5,6 +5,8 @@ import hashlib
 import os
 import pickle
 import re
+import struct
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from http.client import HTTPException
@@ -119,7 +121,7 @@ def read_checkpoint(path: Path, sha256: str | None = None) -> Mapping[str, Any]:
     Raises
     ------
     FileNotFoundError, ValueError
-        When the file is missing, has another sha256, is cut short, or holds other objects.
+        When the file is missing, has another sha256, is cut short, is no checkpoint, or holds other objects or no names.
     """
     if not path.is_file():
         raise FileNotFoundError(f"weights are needed at {path}, and there is no file. The README names the public sources; "
@@ -130,14 +132,18 @@ def read_checkpoint(path: Path, sha256: str | None = None) -> Mapping[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, struct.error, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{path} holds objects that are no tensors or plain values, or is no checkpoint, and is not opened: a "
                          "pickle can run code. Ask its source for weights alone.") from error
     except (RuntimeError, EOFError, SafetensorError, OSError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path} is damaged or cut short, got '{reason}'. Download it again.") from error
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(f"{path} needs to hold tensors by name, or parts that do, got a {type(checkpoint).__name__}. Take the "
+                         "file that the released code saved.")
+    return checkpoint
 
 
 def convert(source: Path, model: str, out: Path, arguments: Mapping[str, Any] | None = None, laid_out: bool = False,
@@ -214,23 +220,31 @@ def official_names(model: nn.Module) -> dict[str, str]:
     return names
 
 
-def convert_official(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def convert_official(state_dict: Mapping[str, Any], model: nn.Module, part: str | None = None) -> dict[str, Tensor]:
     """Rename the entries of an official state dict so that `model.load_state_dict` takes them strictly.
 
     Parameters
     ----------
     state_dict : mapping of str to Tensor
         Of a SLaK, SW, UniRepLKNet or ConvNeXt as published, or of one SW module; or the checkpoint that holds it under
-        "model" (or "model_ema", where there is nothing else).
+        "model" (or "model_ema", where there is nothing else), beside the "args" of its training, whose kernel sizes have to
+        be the model's: the filters of an SW of 49 px and of 51 px have one shape.
     model : nn.Module
         Our model of the same configuration; for ConvNeXt timm's.
+    part : str, optional
+        The key that holds the weights, see `weights_in`.
 
     Raises
     ------
     ValueError
-        When entries are missing, left over, of another shape or not finite, or an index table is not the one that we draw.
+        When entries are missing, left over, of another shape, no tensors or not finite, the kernel sizes are others, or an
+        index table is not the one that we draw.
     """
-    state_dict = weights_in(state_dict)
+    _check_kernels(state_dict.get("args"), model)
+    state_dict = weights_in(state_dict, part)
+    if strange := [key for key, value in state_dict.items() if not (isinstance(key, str) and isinstance(value, Tensor))]:
+        raise ValueError(f"the weights need to be tensors by name, got others under {', '.join(map(str, strange[:3]))}. Say "
+                         "which part of the checkpoint holds the weights, or take another file.")
     if isinstance(model, ConvNeXt):
         converted = dict(checkpoint_filter_fn(dict(state_dict), model))
     else:
@@ -315,7 +329,7 @@ def _family(model: nn.Module) -> dict[str, str]:
 
 def _check_tables(state_dict: Mapping[str, Tensor], model: nn.Module) -> None:
     """Tables that a file carries have to be those that our layers draw, else the weights mean something else."""
-    official = {name: module for name, module in model.named_modules() if isinstance(module, ShiftwiseConv2d)}
+    official = _shiftwise(model)
     for key in state_dict:
         if match := re.fullmatch(r"stages\.(\d+)\.(\d+)\.large_kernel\.(?:loras\.|LoRAs\.)?(\w+?)1?", key):
             stage, block, table = match.groups()
@@ -327,6 +341,43 @@ def _check_tables(state_dict: Mapping[str, Tensor], model: nn.Module) -> None:
                                  "(kernel sizes, edges, ghost ratio), and the file from the released code?")
 
 
+def _shiftwise(model: nn.Module) -> dict[str, ShiftwiseConv2d]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, ShiftwiseConv2d)}
+
+
+def _check_kernels(told: Any, model: nn.Module) -> None:
+    """The released scripts save their `--kernel_size M1 M2 M3 M4 N`; strips tell theirs by shape, filters of SW do not."""
+    try:
+        *_, small = extents = [int(each) for each in getattr(told, "kernel_size", ())]
+    except (TypeError, ValueError):
+        return                                                                  # none, or none that we know
+    for name, layer in _shiftwise(model).items():
+        stage = re.match(r"stages\.(\d+)\.", name)
+        got = stage and int(stage[1]) < len(extents) - 1 and (extents[int(stage[1])], small)
+        if got and got != (layer.kernel_size, layer.small_kernel):
+            raise ValueError(
+                f"the weights were trained with a kernel of {got[0]} px from filters of {got[1]} px in stage {stage[1]}, as "
+                f"their args say (kernel_size {' '.join(map(str, extents))}), and the model has {layer.kernel_size} px from "
+                f"{layer.small_kernel} px. Create the model with kernel_sizes={tuple(extents[:-1])}, small_kernel={small}.")
+
+
+def _tell_taps(sizes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]], model: nn.Module) -> None:
+    """Where nothing but the number of filters differs, it is the kernel size that does."""
+    layers = _shiftwise(model)
+    owners = {key: layers.get(re.sub(r"\.?(filters\.\d+|norms\.\d+\.\w+)$", "", key)) for key in sizes}
+    if not all(owner and ("filters." in key or owner.norm == "filter") for key, owner in owners.items()):
+        return
+    for key, (got, wanted) in sizes.items():
+        channels, small = len(owners[key].mixed), owners[key].small_kernel
+        if "filters." in key and got[1:] == wanted[1:] and got[0] % channels == 0:
+            taps, extent = got[0] // channels, owners[key].kernel_size
+            least = (taps - 1) * small + 1
+            raise ValueError(
+                f"the weights have {taps} filters per channel in {key}, that is M of {least + 1 - least % 2} to {taps * small} "
+                f"px, and the model has {wanted[0] // channels} for M = {extent} px. Create the model with the weights' kernel "
+                "sizes.")
+
+
 def _check_fit(converted: Mapping[str, Tensor], target: Mapping[str, Tensor], model: nn.Module) -> None:
     sizes = {key: (tuple(value.shape), tuple(target[key].shape)) for key, value in converted.items()
              if key in target and value.shape != target[key].shape}
@@ -334,9 +385,10 @@ def _check_fit(converted: Mapping[str, Tensor], target: Mapping[str, Tensor], mo
         if key.startswith("head.") and got[1:] == wanted[1:] and isinstance(model, LargeKernelNet | ConvNeXt):
             raise ValueError(f"the weights classify into {got[0]} classes and the model into {wanted[0]}. Create the model "
                              f"with num_classes={got[0]}, load, and then call reset_classifier.")
-        if ".mixer." in key and len(got) == 4:
+        if (".mixer." in key or "filters." in key) and len(got) == len(wanted) == 4 and got[2:] != wanted[2:]:
             raise ValueError(f"the weights have kernels of {got[2]} x {got[3]} px in {key} (shape {got}), and the model has "
                              f"{wanted}. Create the model with the weights' kernel sizes.")
+    _tell_taps(sizes, model)
     wrong = [f"{key} {got} for {wanted}" for key, (got, wanted) in sizes.items()]
     missing, extra = sorted(target.keys() - converted.keys()), sorted(converted.keys() - target.keys())
     if wrong or missing or extra:

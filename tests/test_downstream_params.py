@@ -1,10 +1,12 @@
 """The rows of params/downstream.yaml: what they say of the papers' runs, and the sentences that faults in them give."""
 
 import csv
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from swconv import downstream_params, params
 from swconv.__main__ import main
@@ -153,8 +155,33 @@ def test_a_wrong_request_is_refused_before_any_work(tmp_path, capsys, arguments,
 
 def test_a_missing_dataset_is_told_with_what_belongs_there(tmp_path, capsys):
     assert main(["downstream-data", "coco", "--profile", "paper", "--out", str(tmp_path)]) == 1
-    assert ("profile paper needs COCO 2017 in data/coco/ with annotations, but annotations is not there. Put the dataset there "
-            "or link it: ln -s /path/to/COCO data/coco.") in capsys.readouterr().err
+    places = ["train2017", "annotations/instances_train2017.json", "val2017", "annotations/instances_val2017.json"]
+    assert (f"profile paper needs COCO 2017 in data/coco/ with {', '.join(places)}, but {' and '.join(places)} are not there. "
+            "Put the dataset there or link it: ln -s /path/to/COCO data/coco.") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("task", "needed"), [
+    ("ade20k", ["images/training", "annotations/training", "images/validation", "annotations/validation"]),
+    ("coco", ["train2017", "annotations/instances_train2017.json", "val2017", "annotations/instances_val2017.json"]),
+    ("voc", ["VOC2007", "VOC2012"]),
+    ("nuscenes", ["v1.0-trainval", "samples", "maps"]),
+])
+def test_each_part_of_a_dataset_that_the_recipe_reads_is_asked_for(known, tmp_path, monkeypatch, task, needed):
+    monkeypatch.chdir(tmp_path)
+    for place in needed:
+        (tmp_path / "data" / task / place).mkdir(parents=True)
+    known.check_data(task, "paper")
+    for place in needed:
+        (tmp_path / "data" / task / place).rmdir()
+        told = f"with {', '.join(needed)}, but {place} is not there"
+        with pytest.raises(params.ParamsError, match=re.escape(told)):
+            known.check_data(task, "paper")
+        (tmp_path / "data" / task / place).mkdir()
+
+
+def test_dvc_has_a_stage_for_every_row_and_no_other(known):
+    stages = yaml.safe_load(Path("workflow/dvc.yaml").read_text())["stages"]
+    assert stages["downstream"]["matrix"]["run"] == list(known.runs)
 
 
 def test_data_that_are_not_there_yet_are_told(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The verbs: light to start, and faults end in one sentence."""
 
+import io
 import json
 import os
 import shutil
@@ -56,6 +57,14 @@ def one_sentence(capsys, *arguments: str) -> str:
     return line
 
 
+def test_a_reader_that_is_gone_hides_no_exit_code(project, monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with io.TextIOWrapper(io.FileIO(writing, "w"), write_through=True) as deaf:
+        monkeypatch.setattr(sys, "stderr", deaf)
+        assert main(["train", "sw99", "--profile", "smoke", *REST]) == 1
+
+
 @pytest.mark.parametrize(("arguments", "sentence"), [
     (["train", "sw99", "--profile", "smoke", *REST], "unknown run sw99; the nearest known name is"),
     (["train", "sw01_infer", "--profile", "smoke", *REST], "sw00"),
@@ -70,6 +79,22 @@ def one_sentence(capsys, *arguments: str) -> str:
 ])
 def test_faults_end_in_one_sentence_and_exit_code_1(project, capsys, arguments, sentence):
     assert sentence in one_sentence(capsys, *arguments)
+
+
+@pytest.mark.parametrize(("package", "arguments", "sentence"), [
+    ("nuscenes", ["downstream-data", "nuscenes", "--profile", "smoke", "--out", "d"],
+     "nuScenes needs nuscenes-devkit and what it imports, got 'import of nuscenes halted; None in sys.modules'; run `make"),
+    ("faster_coco_eval", ["bench", "downstream", "--quick", "--out", "d"],
+     "faster_coco_eval needs to be installed, got 'import of faster_coco_eval halted; None in sys.modules'. Run `make setup`"),
+])
+def test_a_package_that_is_not_installed_is_told_before_anything_is_measured(project, capsys, monkeypatch, package, arguments,
+                                                                            sentence):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(arguments) == 1
+    told = capsys.readouterr().err
+    assert sentence in told.splitlines()[-1]
+    assert "training steps" not in told
+    assert not list(project.glob("d/*.json"))
 
 
 def test_what_the_system_refuses_is_told_with_what_to_do(project, capsys):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import yaml
+from PIL import Image
 
 from swconv import params
 from swconv.__main__ import main
@@ -113,7 +114,8 @@ def test_a_300_epoch_column_is_the_same_row_trained_longer(known, run):
     assert changed(known, f"{run}_300", run) == {"recipe.epochs": (120, 300)}
     mini = changed(known, f"{run}_300", run, "mini")
     assert mini["recipe.epochs"] == (12, 30)
-    assert mini.keys() <= {"recipe.epochs", "recipe.sparsity.update_every"}
+    assert mini.keys() <= {"recipe.epochs", "recipe.warmup_epochs", "recipe.sparsity.update_every"}
+    assert mini.get("recipe.warmup_epochs", (1.2, 3.0)) == (1.2, 3.0)     # where SLaK's recipe warms up for a tenth
 
 
 def test_row_2_is_slak_t_with_one_set_of_shifted_filters(known):
@@ -179,12 +181,15 @@ def test_every_training_run_of_both_papers_is_a_row_with_its_certainty(known):
     assert len(listed) == 70
     for row in listed:
         run = known.canonical(row["run_id"])
-        assert known.runs[run].certainty == certainty(row["config_certainty"]), run
+        assert known.runs[run].certainty == certainty(row), run
         assert known.runs[run].certainty != "unknown" or known.runs[run].note, run
 
 
-def certainty(said: str) -> str:
+def certainty(row: dict[str, str]) -> str:
     """The word of params/ for what reports/paper/runs.csv says of a run's settings."""
+    said = row["config_certainty"]
+    if any(row[setting].startswith("unknown") for setting in ("only_L", "ema")):
+        return "unknown"
     if said.startswith(("published command", "exact")):
         return "published"
     return "inferred" if said.startswith(("published recipe", "inferred", "not released", "command and weights")) else "unknown"
@@ -554,6 +559,27 @@ def test_missing_imagenet_says_what_to_put_where(known):
     with pytest.raises(params.ParamsError, match=r"needs imagenet in data/imagenet/.*ln -s"):
         known.check_data("paper")
     known.check_data("mini")
+
+
+def test_a_folder_with_other_numbers_of_images_is_refused_before_training_unless_it_has_a_name_of_its_own(folder, monkeypatch,
+                                                                                                         capsys):
+    monkeypatch.chdir(folder.parent)
+    edit(folder, "num_classes: 1000", "num_classes: 2", "profiles/paper.yaml")
+    for split, count in (("train", 3), ("val", 1)):
+        for wnid in ("n0", "n1"):
+            Path("data/imagenet", split, wnid).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (8, 8)).save(Path("data/imagenet", split, wnid, f"{i}.JPEG"))
+    assert main(["data", "--profile", "paper", "--out", "data/paper"]) == 1
+    told = capsys.readouterr().err
+    assert ("profile paper needs 1281167 training and 50000 validation images of imagenet (params/plan.yaml), got 6 and 2 in "
+            "data/imagenet. Complete the folder; or, to go on with these, give the dataset another name") in told
+    assert not Path("data/paper/data.json").exists()
+    (folder / "profiles/part.yaml").write_text("from: paper\nreports: artifacts/part/reports\ndataset: {name: imagenet_part}\n")
+    assert main(["data", "--profile", "part", "--out", "data/part"]) == 0
+    assert json.loads(Path("data/part/data.json").read_text())["n_train"] == 6
+    edit(folder, "{train: 1281167, val: 50000}", "{train: 6, val: 2}", "plan.yaml")
+    assert main(["data", "--profile", "paper", "--out", "data/paper"]) == 0
 
 
 def test_active_that_cannot_be_written_is_told_and_stays_whole(folder):

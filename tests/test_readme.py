@@ -109,6 +109,13 @@ def test_files_that_the_readme_names_exist():
     assert [name for name in sorted(named) if not Path(name).exists()] == []
 
 
+@pytest.mark.parametrize("page", ["README.md", "reports/index.md"])
+def test_links_lead_to_files(page):
+    linked = set(re.findall(r"\]\(([\w/.-]+)\)", Path(page).read_text()))
+    assert len(linked) > 4
+    assert [name for name in sorted(linked) if not (Path(page).parent / name).exists()] == []
+
+
 def test_the_weights_that_the_readme_lists_are_those_that_are_registered():
     table = README.split("| weights | source (GitHub) |", 1)[1].split("\n\n", 1)[0]
     names = [name for line in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", line)]

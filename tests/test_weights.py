@@ -2,6 +2,7 @@
 
 import argparse
 import pickle
+import random
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,39 @@ def test_another_kernel_size_is_told_with_both(slak):
         convert_official(slak, timm.create_model("slak_tiny", **MINI, kernel_sizes=(31, 29, 27, 13)))
 
 
+def another(**changes):
+    return timm.create_model("sw_tiny", **MINI | changes)
+
+
+def test_another_number_of_filters_is_told_as_the_range_of_kernel_sizes_that_have_it(sw):
+    with pytest.raises(ValueError, match=r"have 17 filters per channel in .*filters\.0, that is M of 49 to 51 px, and the "
+                                         r"model has 11 for M = 31 px\. Create the model with the weights' kernel sizes"):
+        convert_official(sw, another(kernel_sizes=(31, 49, 47, 13)))
+    with pytest.raises(ValueError, match=r"kernels of 3 x 3 px in stages\.0\.blocks\.0\.mixer\.filters\.0 .*, 1, 5, 5\)"):
+        convert_official(sw, another(small_kernel=5))
+
+
+@pytest.mark.parametrize("name", ["sw_tiny", "slak_tiny"])
+def test_another_width_is_not_told_as_a_kernel_size(request, name):
+    state = request.getfixturevalue(name.partition("_")[0])
+    with pytest.raises(ValueError, match=r"do not fit the model: .* of another shape") as told:
+        convert_official(state, timm.create_model(name, **MINI | {"dims": (12, 16, 24, 32)}))
+    assert "kernel" not in str(told.value).partition(" of another shape")[2].partition("]")[2]
+
+
+def test_kernel_sizes_that_one_filter_bank_may_have_are_told_apart_by_the_arguments_of_the_training(sw, model):
+    told = argparse.Namespace(kernel_size=["51", "49", "47", "13", "3"])
+    other = another(kernel_sizes=(49, 49, 47, 13))
+    assert {key: tuple(value.shape) for key, value in other.state_dict().items()} == {
+        key: tuple(value.shape) for key, value in model.state_dict().items()}
+    assert convert_official({"model": sw, "args": told}, model).keys() == model.state_dict().keys()
+    with pytest.raises(ValueError, match=r"a kernel of 51 px from filters of 3 px in stage 0.*the model has 49 px from 3 px.*"
+                                         r"kernel_sizes=\(51, 49, 47, 13\), small_kernel=3"):
+        convert_official({"model": sw, "args": told}, other)
+    for unknown in (argparse.Namespace(), argparse.Namespace(kernel_size=None), "none", None):
+        convert_official({"model": sw, "args": unknown}, other)
+
+
 def test_foreign_weights_are_refused_in_a_sentence(sw, model):
     foreign = {name: tensor for name, tensor in sw.items() if name != "head.weight"} | {"extra.weight": torch.zeros(1)}
     with pytest.raises(ValueError, match=r"1 missing \['head.weight'\], 1 unexpected \['extra.weight'\]"):
@@ -142,6 +176,32 @@ def test_an_empty_file_is_told(tmp_path):
     path.touch()
     with pytest.raises(ValueError, match="damaged or cut short"):
         read_checkpoint(path)
+
+
+def test_bytes_and_text_that_are_no_checkpoint_are_told(tmp_path):
+    draw = random.Random(0)
+    contents = [draw.randbytes(length) for length in (1, 2, 7, 64, 1000) for _ in range(10)]
+    contents += [bytes([opcode]) + draw.randbytes(20) for opcode in range(256)]
+    contents += [b"none\n", b"<html>404</html>", "Größe".encode(), b'{"model": 1}', b"version https://git-lfs\n", b"\x80\2."]
+    path, told = tmp_path / "any.pth", r"any\.pth (holds objects that are no tensors|is damaged or cut short|needs to hold)"
+    for content in contents:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=told):
+            read_checkpoint(path)
+
+
+@pytest.mark.parametrize(("held", "kind"), [([torch.ones(2)], "list"), (torch.ones(2), "Tensor"), (3, "int")])
+def test_a_file_without_names_is_told(tmp_path, held, kind):
+    torch.save(held, tmp_path / "bare.pth")
+    with pytest.raises(ValueError, match=rf"bare\.pth needs to hold tensors by name, or parts that do, got a {kind}\."):
+        read_checkpoint(tmp_path / "bare.pth")
+
+
+def test_what_is_no_tensor_among_the_weights_is_named(sw, model):
+    with pytest.raises(ValueError, match="tensors by name, got others under epoch, 3. Say which part"):
+        convert_official(sw | {"epoch": 3, 3: torch.ones(1)}, model)
+    with pytest.raises(ValueError, match="got others under head.weight"):
+        convert_official(sw | {"head.weight": [1.0]}, model)
 
 
 def test_only_strips_can_be_laid_out(sw, tmp_path):

@@ -93,7 +93,9 @@ def run(out: Path, device: str = "cpu", quick: bool = False) -> tuple[Path, Path
 
 
 def measure(plan: Plan, device: torch.device) -> dict[str, Any]:
-    """All that the page tells: circumstances, `steps` in ms, `evaluation` in s."""
+    """All that the page tells: circumstances, `steps` in ms, `evaluation` in s; ImportError without faster-coco-eval."""
+    import faster_coco_eval  # noqa: F401  before minutes of timing that nothing would keep
+
     start, bar = time.perf_counter(), Progress(2)
     told = circumstances("downstream", device, "swconv.bench.downstream", plan=asdict(plan))
     bar.step("training steps")

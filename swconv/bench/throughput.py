@@ -241,8 +241,8 @@ def _require(got: Tensor, wanted: Tensor, what: str, allowed: float) -> None:
     error = float((got.float() - wanted.float()).norm() / wanted.float().norm())
     if not error <= allowed:
         raise RuntimeError(f"bench throughput times forms of one network only where they agree, and {what} is off by "
-                           f"{error:.1e} where {allowed:.0e} is allowed. Build csrc/ anew (python -m swconv build); if it stays wrong, "
-                           "make test tells where.")
+                           f"{error:.1e} where {allowed:.0e} is allowed. Build csrc/ anew (python -m swconv build); if it "
+                           "stays wrong, make test tells where.")
 
 
 def _check_equal(what: str, variants: Mapping[str, Callable[[], Tensor]], allowed: float) -> None:

@@ -113,13 +113,14 @@ class Judge:
         """What `pictures.draw` takes of it; `target` is that of the image file."""
         return found
 
-    @torch.inference_mode()
     def findings(self) -> Iterator[tuple[Any, Target]]:
         """Image after image: what is found, and the target."""
         loader = Loader(self.images, InOrder(len(self.images)), self.used.collate(training=False),
                         self.used.config["data"]["workers"], self.device.type == "cuda")
         for image, (target,) in loader:
-            yield self.find(image.to(self.device), target), target
+            with torch.inference_mode():                              # not around the yield: what reads would leave the mode
+                found = self.find(image.to(self.device), target)
+            yield found, target
 
     @torch.inference_mode()
     def pictures(self, count: int, folder: Path) -> None:
@@ -152,6 +153,7 @@ class SegmentationJudge(Judge):
         infer = slide if test["mode"] == "slide" else self.model
         return whole_inference(infer, image, target["original_size"])[0].argmax(0).cpu()
 
+    @torch.inference_mode()
     def _at_scales(self, index: int) -> Tensor:
         test, collate = self.used.config["test"], self.used.collate(training=False)
         image = self.images.read(index)[0].to(self.device)

@@ -57,7 +57,9 @@ def fine_tune(config: Mapping[str, Any], data_dir: Path, out: Path, checkpoints:
         if distributed.rank() == 0:
             stack.enter_context(checkpoint.exclusive(checkpoints))
         stack.enter_context(distributed.group(config["machine"]["device"]))
-        Sitting(FineTuning(config, data_dir, record["seed"], init), out, checkpoints, record, asked).run(log_every)
+        training = FineTuning(config, data_dir, record["seed"], init)
+        stack.callback(training.leave_group)
+        Sitting(training, out, checkpoints, record, asked).run(log_every)
 
 
 class FineTuning(Training):
@@ -126,11 +128,15 @@ class FineTuning(Training):
             self._optimize()
         return [loss, *wished]
 
+    def evaluates(self) -> bool:
+        """Never: the papers report last weights, and evaluation is a stage."""
+        return False
+
     def finish_epoch(self) -> dict[str, Any]:
-        """The epoch's line of the log. Nothing is evaluated: the papers report last weights, and evaluation is a stage."""
+        """The epoch's line of the log."""
         self.check_finite()
         tally = self.tally
-        line = {"epoch": self.done + 1, "train_loss": tally.loss / tally.good if tally.good else None,
+        line = {"epoch": self.done + 1, **({"train_loss": tally.loss / tally.good} if tally.good else {}),
                 "lr": max(group["lr"] for group in self.optimizer.param_groups),
                 **({"bad_steps": tally.bad} if tally.bad else {}),
                 "images_per_second": self.steps * self.recipe["batch_size"] / tally.seconds, "seconds": tally.seconds}

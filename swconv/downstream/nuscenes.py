@@ -371,8 +371,7 @@ def _open(root: Path, version: str):
         raise ModuleNotFoundError(
             f"nuScenes needs nuscenes-devkit and what it imports, got '{error}'; run `make setup`, or `pip install "
             "--no-deps nuscenes-devkit==1.2.0` (its metadata ask for numpy 1, it runs with 2) and `pip install -e "
-            "'.[nuscenes]'`.",
-            name=error.name) from error
+            "'.[nuscenes]'`.") from error
     places = (root / version, root / "samples", root / "maps")
     missing = [str(place) for place in places if not place.is_dir()]
     if missing:

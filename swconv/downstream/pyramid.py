@@ -147,8 +147,9 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float, rule: Rul
     model : nn.Module
         Holds a `Pyramid`, or is one; everything outside it learns with the full rate.
     rule : str
-        As in `layer_id`. Weight decay is 0 for biases and other vectors, but not for GRN, whose scale and shift have four
-        dimensions in the published code; with "norms" (SLaK's 80k schedule) it is 0 for norms alone.
+        As in `layer_id`. Weight decay is 0 for biases and other vectors, but not for single numbers (the scales of FCOS3D's
+        head) and not for GRN, whose scale and shift have four dimensions in the published code; with "norms" (SLaK's 80k
+        schedule) it is 0 for norms alone.
     num_layers : int
         n of the published recipes: 6 for T, 12 for S and B, 9 or 12 for SW.
 
@@ -179,7 +180,8 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float, rule: Rul
     for name, weight in model.named_parameters():
         if not weight.requires_grad:
             continue
-        free = id(weight) in norms if rule == "norms" else (weight.ndim <= 1 and id(weight) not in grn)
+        free = id(weight) in norms if rule == "norms" else (
+            (weight.ndim == 1 or name.endswith(".bias")) and id(weight) not in grn)
         number = layer_id(places.get(id(weight), "head"), rule, num_layers)
         scale = decay_rate ** (num_layers + 1 - number)
         group = groups.setdefault((number, free), {

@@ -64,8 +64,9 @@ def prepare(task: str, data: Mapping[str, Any], out: Path) -> dict[str, Any]:
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["path", "size", "sha256"])
     for path in tqdm(paths, desc="data: manifest", unit="file", disable=None):
-        table.writerow([path.relative_to(out / root).as_posix(), path.stat().st_size,
-                        file_sha256(path) if tiny or path.suffix in HASHED else ""])
+        name = path.relative_to(out / root).as_posix()
+        hashed = tiny or path.suffix in HASHED or name.startswith("annotations/")      # ADE20K's are images
+        table.writerow([name, path.stat().st_size, file_sha256(path) if hashed else ""])
     body = text.getvalue().encode()
     record = {"task": task, "root": root, "n_train": len(sets[0]), "n_val": len(sets[1]),
               "manifest_sha256": hashlib.sha256(body).hexdigest()}

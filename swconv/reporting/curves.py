@@ -62,8 +62,9 @@ def over_epochs(comparison: Comparison, evidence: Evidence, rows: Sequence[Row])
                 continue
             source = comparison.sources[row.run]
             logs = [log for run in comparison.of(row.run).ended if (log := evidence.epochs(source, run.seed))]
-            epochs = [line["epoch"] for line in logs[0] if name in line] if logs else []
-            drawn = [[line[name] for log in logs for line in log if line["epoch"] == epoch] for epoch in epochs]
+            found = [{line["epoch"]: line[name] for line in log if name in line} for log in logs]
+            epochs = [epoch for epoch in found[0] if all(epoch in values for values in found)] if found else []
+            drawn = [[values[epoch] for values in found] for epoch in epochs]
             if epochs:
                 means, spreads = [statistics.mean(values) for values in drawn], [statistics.sd(values) for values in drawn]
                 lines.append(Line(f"{row.label} (n = {len(logs)})", epochs, means, spreads))

@@ -21,7 +21,13 @@ def build(artifacts: Path, rows: Sequence[tuple[str, str, Mapping[str, float]]],
         Targets by name of the metric; none where nothing has to be reached.
     out : Path
         Of the Markdown file.
+
+    Raises
+    ------
+    ValueError
+        When a target is missed; names each. The table is written then too.
     """
+    missed = []
     lines = ["| task | run | measure | wanted | found | unit | reached | steps | minutes | code | commit |",
              "|---|---|---|---|---|---|---|---|---|---|---|"]
     for task, run, targets in rows:
@@ -29,7 +35,10 @@ def build(artifacts: Path, rows: Sequence[tuple[str, str, Mapping[str, float]]],
         steps = trained["metrics"].get("steps", trained["metrics"].get("diverged"))["value"]
         facts = (steps, f"{trained['run']['seconds'] / 60:.1f}", trained["run"]["code"], _commit(trained["run"]))
         for name in HEADLINE[task]:
-            lines.append(_line(task, run, name, targets.get(name), judged["metrics"], facts))
+            found, wanted = judged["metrics"].get(name), targets.get(name)
+            lines.append(_line(task, run, name, wanted, found, facts))
+            if not _reached(found, wanted):
+                missed.append(f"{name} of {run} with {_shown(found)} for {wanted:g}")
     setting = json.loads((artifacts / "finetune" / rows[0][1] / f"seed{seed}" / "run.json").read_text())
     text = "\n".join([
         "# One fine-tune per task", "",
@@ -39,14 +48,24 @@ def build(artifacts: Path, rows: Sequence[tuple[str, str, Mapping[str, float]]],
         f"Made by `python -m swconv downstream-table` from metrics.json and run.json of each run, on "
         f"{setting['hardware']['cpu']}, threads: {setting['flags']['threads']}.", ""])
     write_atomic(out, text.encode())
+    if missed:
+        raise ValueError(f"every target of the profile needs to be reached, got {', '.join(missed)}. Look at the losses in "
+                         "log.jsonl of these runs.")
 
 
-def _line(task: str, run: str, name: str, wanted: float | None, metrics: Mapping[str, Any], facts: Sequence[Any]) -> str:
-    found = metrics.get(name)
-    reached = "" if wanted is None else "yes" if found and found["value"] >= wanted else "**no**"
-    cells = [task, run, name, "" if wanted is None else f"{wanted:g}", f"{found['value']:.2f}" if found else "none",
-             found["unit"] if found else "", reached, *facts]
+def _line(task: str, run: str, name: str, wanted: float | None, found: Mapping[str, Any] | None, facts: Sequence[Any]) -> str:
+    reached = "" if wanted is None else "yes" if _reached(found, wanted) else "**no**"
+    cells = [task, run, name, "" if wanted is None else f"{wanted:g}", _shown(found), found["unit"] if found else "", reached,
+             *facts]
     return f"| {' | '.join(map(str, cells))} |"
+
+
+def _reached(found: Mapping[str, Any] | None, wanted: float | None) -> bool:
+    return wanted is None or (found is not None and found["value"] >= wanted)
+
+
+def _shown(found: Mapping[str, Any] | None) -> str:
+    return f"{found['value']:.2f}" if found else "none"
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from swconv.atomic import write_atomic
 from swconv.reporting import curves, distance, filters, statistics
+from swconv.reporting.accuracies import Accuracy, Place
 from swconv.reporting.circumstances import footnote, header_line
 from swconv.reporting.comparison import NO_VERDICT, Comparison, Control, Row
+from swconv.reporting.costs import accuracy_cell
 from swconv.reporting.runs import Evidence, Run
 from swconv.reporting.statistics import DRAWS, VERDICT_SEEDS, Interval
 from swconv.reporting.table import (
@@ -22,7 +24,6 @@ from swconv.reporting.table import (
     interval_text,
     markdown_table,
     read_claims,
-    read_sheet,
 )
 
 SIGNIFICANT = 1 - statistics.CONFIDENCE
@@ -82,6 +83,8 @@ class Plan:
         ``distance`` (accuracy against distance, with its figure), ``filters`` (where they live), ``curves`` (of training).
     notes : str
         Said above the table, where there is something to say.
+    origins : mapping of run id to str
+        How sure a row's settings are and what was taken where nothing is published; its footnote says so.
     """
 
     name: str
@@ -92,6 +95,7 @@ class Plan:
     named_by: tuple[str, ...] = ("id",)
     sections: tuple[str, ...] = ()
     notes: str = ""
+    origins: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -105,6 +109,7 @@ def build_report(
     *,
     command: str,
     imagenet: Evidence | None = None,
+    published: Mapping[Place, Accuracy] | None = None,
     extra: Sequence[str] = (),
 ) -> None:
     """Write NAME.md, NAME.csv and NAME.provenance.json, and the figures that the plan asks for below figures/.
@@ -122,6 +127,8 @@ def build_report(
         What a user types to make this page; printed in it.
     imagenet : Evidence, optional
         The runs of the paper profile; they get columns where at least one finished.
+    published : mapping, optional
+        `swconv.reporting.accuracies.read_accuracies` of published weights; those of the page's cells get a section.
     extra : sequence of str
         Blocks of Markdown that need no run.
 
@@ -152,6 +159,7 @@ def build_report(
         *page.tables(),
         *page.controls(),
         *page.ranks(),
+        *_published_section(plan, published or {}),
     ]
     if "distance" in plan.sections:
         link = _link(plan, "_distance.svg")
@@ -173,21 +181,33 @@ def build_report(
     write_atomic(base.with_name(f"{base.name}.md"), ("\n\n".join(blocks) + "\n").encode())
 
 
-def score(sheet: Path) -> Counter[str]:
-    """How many of the numbers that a paper prints are reproduced at its scale, by verdict, from a report's CSV.
+def verdicts(plan: Plan, imagenet: Evidence, published: Mapping[Place, Accuracy]) -> Counter[str]:
+    """How many of the accuracies that a paper prints in a page's columns are reproduced at its scale, by verdict.
+
+    Parameters
+    ----------
+    plan : Plan
+        With claims.
+    imagenet : Evidence
+        The runs of the paper profile. Runs on the small task reproduce no number.
+    published : mapping
+        As for `build_report`: where published weights were measured, they are what counts.
 
     Returns
     -------
     Counter
-        ``reproduced`` (the paper's number lies in the 95 % interval of our mean, three seeds or more), ``differs``,
-        ``no verdict (n < 3)``, ``diverged``, ``not run``. Runs on the small task reproduce no number.
+        Of weights ``equal`` (at the printed digits) and ``differs``; of runs ``reproduced`` (the paper's number lies in the
+        95 % interval of our mean, three seeds or more), ``differs``, ``no verdict (n < 3)``, ``diverged``; else ``not run``.
     """
-    return Counter(row["paper_verdict"] for row in read_sheet(sheet) if row["paper_verdict"])
-
-
-def directions(sheet: Path) -> Counter[str]:
-    """How many differences of a paper have the same sign on the small task, by verdict, from a report's CSV."""
-    return Counter(row["direction"] for row in read_sheet(sheet) if row["direction"] not in ("", "-"))
+    full, found = Comparison(imagenet, plan.rows), Counter[str]()
+    for column in plan.columns:
+        runs = {row.label: row.run for row in column.rows}
+        for label, (place, printed) in _printed(plan, column).items():
+            if measured := published.get(place):
+                found[accuracy_cell(printed, measured, cited=False).verdict] += 1
+            else:
+                found[full.reproduced(runs.get(label), _float(printed))] += 1
+    return found
 
 
 @dataclass(frozen=True)
@@ -228,7 +248,7 @@ class _Page:
                 line.append(full.text(row.run, 2))
                 line += [interval_text(full.gap(row.run, _float(claims.get(row.label))), 2)] if column.claim else []
             ran = row.run in small.results or (full and row.run in full.results)
-            line.append(small.text(row.run, 1) + (f" [^{row.run}]" if ran else ""))
+            line.append(small.text(row.run, 1) + (f" [^{row.run}]" if ran or row.run in self.plan.origins else ""))
             if row.label == column.reference:
                 line += ["reference", "-", "-"]
             else:
@@ -338,8 +358,9 @@ class _Page:
         return (interval, tuple(run for row in present for run in self.small.of(row.run).ended)) if interval else None
 
     def _ranked(self, column: Column, claims: Mapping[str, str]) -> list[Row]:
-        """The rows that have a number of the paper and one of ours."""
-        return [row for row in column.rows if row.label in claims and self.small.top1(row.run)]
+        """The rows that have a number of the paper and one of ours, and of which no seed diverged."""
+        return [row for row in column.rows
+                if row.label in claims and self.small.top1(row.run) and not self.small.diverged(row.run)]
 
     def figure(self, path: Path, evidence: Mapping[str, Evidence]) -> list[str]:
         """Draw the two panels of a figure, left and right, and write their points; none where the page is a table."""
@@ -404,9 +425,11 @@ class _Page:
         return f" Here they differ by {interval_text(skip, 1)} points ({first.model}, minus {second.model})."
 
     def footnotes(self, shown: Sequence[Comparison]) -> list[str]:
-        """Where the numbers come from, run by run."""
+        """How sure the settings are and where the numbers come from, run by run."""
+        origins = self.plan.origins
         notes = {
-            row.run: [footnote(column.results[row.run]) for column in shown if row.run in column.results]
+            row.run: [*([origins[row.run]] if row.run in origins else []),
+                      *(footnote(column.results[row.run]) for column in shown if row.run in column.results)]
             for row in (*self.plan.rows, *self.plan.controls)
         }
         return [f"[^{run}]: {' '.join(parts)}" for run, parts in notes.items() if parts]
@@ -520,14 +543,40 @@ def _claims(plan: Plan, column: Column) -> dict[str, str]:
     """What the paper prints in a column, in %, by label: of the rows that it has a number for."""
     if plan.claims is None or column.claim is None:
         return {}
-    printed = read_claims(plan.claims, column.claim, plan.named_by)
-    numbers = {row.label: printed[row.label] for row in column.rows if _NUMBER.fullmatch(printed.get(row.label, ""))}
+    printed = _printed(plan, column)
+    numbers = {row.label: printed[row.label][1] for row in column.rows if row.label in printed}
     if column.reference not in numbers:
         raise ValueError(
             f"{_capital(plan.name)} needs the paper's number of {column.reference}, but {plan.claims} has no such "
             f"{' and '.join(plan.named_by)}."
         )
     return numbers
+
+
+def _printed(plan: Plan, column: Column) -> dict[str, tuple[Place, str]]:
+    """Every number that a paper prints in a column, and its cell, by label."""
+    if plan.claims is None or column.claim is None:
+        return {}
+    cells = enumerate(read_claims(plan.claims, column.claim, plan.named_by).items())
+    return {label: ((plan.claims.stem, i, column.claim), printed) for i, (label, printed) in cells
+            if _NUMBER.fullmatch(printed)}
+
+
+def _published_section(plan: Plan, published: Mapping[Place, Accuracy]) -> list[str]:
+    """What published weights measure on ImageNet, of the cells that they fill; none where nothing was measured."""
+    lines, notes = [], {}
+    for column in plan.columns:
+        cells = _printed(plan, column)
+        for row in column.rows:
+            place, printed = cells.get(row.label, (None, ""))
+            if measured := published.get(place):
+                mark = notes.setdefault(measured.told, f"[^weights{len(notes) + 1}]")
+                verdict = accuracy_cell(printed, measured, cited=False).verdict
+                lines.append([row.label, column.text, printed, f"{measured.top1:.2f} {mark}", verdict])
+    if not lines:
+        return []
+    header = ["row", "column", "paper, top-1 %", "measured, top-1 % (ImageNet)", "at the printed digits"]
+    return ["## Published weights", markdown_table(header, lines), *(f"{mark}: {told}." for told, mark in notes.items())]
 
 
 def _check(plan: Plan) -> None:

@@ -140,12 +140,6 @@ def read_claims(path: Path, column: str, named_by: Sequence[str] = ("id",)) -> d
     return claims
 
 
-def read_sheet(path: Path) -> list[dict[str, str]]:
-    """The lines of a spreadsheet that `Sheet.write_csv` wrote, by column."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def interval_cells(name: str, interval: Interval | None, unit: str, runs: tuple[Run, ...]) -> dict[str, Cell]:
     """The columns ``name``, ``name_low`` and ``name_high``; None where there is no number."""
     values = (interval.estimate, interval.low, interval.high) if interval else (None, None, None)

@@ -1,7 +1,8 @@
 """Resumable state of a training, outside every rule's outputs.
 
 checkpoints/<key>/epoch<n>[_step<m>].pt holds all that the step after epoch n, step m depends on, with a checksum in front;
-the two newest are kept, and a damaged one falls back to the one before. A lock keeps a second trainer of the same run waiting.
+the two newest are kept, and a damaged one, set aside, falls back to the one before. A lock keeps a second trainer of the same
+run waiting.
 """
 
 import fcntl
@@ -49,11 +50,12 @@ def save(folder: Path, epoch: int, step: int, state: dict[str, Any]) -> None:
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest sound checkpoint, or None. Says so when a damaged one is passed over."""
+    """The newest sound checkpoint, or None. A damaged one is set aside, so that it does not count as kept, and told of."""
     for path in _saved(folder):
         if _body(path) is not None:
             return path
-        _log.warning("%s is damaged (its checksum differs); falling back to the checkpoint before it", path)
+        aside = path.replace(path.with_name(f"{path.name}.damaged"))
+        _log.warning("%s is damaged (its checksum differs), now %s; falling back to the checkpoint before it", path, aside.name)
     return None
 
 

@@ -9,8 +9,9 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from swconv.training import stop
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+PATIENCE = timedelta(days=7)                                          # with one that waits for a lock, or verifies files
 GRACE = 10.0                                                          # seconds for the others once a process ended badly
 _RENDEZVOUS = "SWCONV_RENDEZVOUS"                                     # where those that `launch` started meet
 
@@ -51,7 +53,7 @@ def group(device: str) -> Iterator[None]:
         yield
         return
     where = os.environ.get(_RENDEZVOUS, "env://")
-    dist.init_process_group(BACKENDS[device], init_method=where, rank=rank(), world_size=world())
+    dist.init_process_group(BACKENDS[device], init_method=where, rank=rank(), world_size=world(), timeout=PATIENCE)
     with warnings.catch_warnings():
         # Told of kernels with one input channel, whose strides mean the same both ways.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
@@ -86,6 +88,13 @@ def broadcast(content: Any) -> Any:
     box = [content]
     dist.broadcast_object_list(box)
     return box[0]
+
+
+def share(tensors: Iterable[torch.Tensor]) -> None:
+    """Write process 0's values into the tensors of every process, which lists them in the same order."""
+    if world() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
 
 
 def barrier() -> None:

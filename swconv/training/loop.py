@@ -43,6 +43,7 @@ from swconv.training.record import values
 from swconv.training.stop import StoppedError
 
 VAL_BATCH = 250
+BEFORE_EVALUATION = 30.0                                              # seconds of work that an evaluation may put at risk
 AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _log = logging.getLogger(__name__)
 
@@ -65,8 +66,9 @@ def train(config: Mapping[str, Any], data_dir: Path, out: Path, checkpoints: Pat
           log_every: int = 0, init: Path | None = None, asked: Callable[[], bool] = lambda: False) -> None:
     """Train one run and publish metrics.json, run.json, log.jsonl and weights.safetensors with its sha256.
 
-    A killed training goes on from its newest checkpoint and ends, on a CPU, bit for bit where an undisturbed one ends. It
-    may go on in another number of processes: it then sees the same images in the same batches, but other random numbers.
+    A killed training goes on from its newest checkpoint and ends, on a CPU, bit for bit where an undisturbed one ends: in
+    one process or two, for of three or more numbers gloo may take the sum in another order after a new start. It may go on
+    in another number of processes: it then sees the same images in the same batches, but other random numbers.
     A training that diverges publishes the step at which it did, and weights without a tensor.
 
     Parameters
@@ -178,6 +180,8 @@ class Training:
         elif self.sparsity:
             images, labels = next(self.loader.epoch(0))
             self.sparsity.initialise(self.normalise(images), labels.to(self.device))
+        if path is None and self.world > 1:                           # equal so far: every process built the same network
+            seed_all(self.seed, self.rank, 0)
         if environment not in self.environments:
             if self.environments and self.rank == 0:
                 _log.warning("This run began elsewhere (%s) and goes on here (%s): it no longer ends bit for bit where an "
@@ -196,16 +200,21 @@ class Training:
         Raises
         ------
         DivergedError
-            After `bad_steps` of the recipe in a row whose loss was no number or above `max_loss`: they were not taken.
+            After `bad_steps` of the recipe in a row whose loss was no number or above `max_loss`: they were not taken, and
+            the norms have not seen their images.
         """
         self.model.train()
+        statistics = _Statistics(self.model)
         first, last = self.done * self.steps, (self.done + 1) * self.steps
         batches = self.loader.epoch(self.done + 1, self.position) if self.position < self.steps else iter(())
         clock = time.monotonic()
         for step in tqdm(range(self.taken, last), desc=f"{title} epoch {self.done + 1}/{self.epochs}", unit="images",
                          unit_scale=self.recipe["batch_size"], disable=self.rank > 0 or not sys.stderr.isatty(), leave=False):
+            statistics.keep()
             loss, *wished = self.step(step, islice(batches, self.loader.parts), wishes())
             self.tally.count(loss, good := self.is_good(loss))
+            if not good:
+                statistics.restore()
             if not good and (self.tally.bad_in_a_row == self.recipe["bad_steps"] or step + 1 == self.epochs * self.steps):
                 raise DivergedError(f"the loss became {loss:.4g} in epoch {self.done + 1}, step {step + 1}, as in "
                                     f"{self.tally.bad_in_a_row - 1} steps before", step + 1)
@@ -216,16 +225,28 @@ class Training:
             yield [bool(wish) for wish in wished]
             clock = time.monotonic()
 
+    def evaluates(self) -> bool:
+        """Whether this epoch ends with an evaluation."""
+        return (self.done + 1) % self.recipe["evaluate_every"] == 0 or self.done + 1 == self.epochs
+
     def finish_epoch(self) -> dict[str, Any]:
-        """Evaluate if it is due; return the epoch's line of the log."""
+        """Evaluate if it is due; return the epoch's line of the log.
+
+        Raises
+        ------
+        DivergedError
+            When a weight, or the validation loss, is no number.
+        """
         self.check_finite()
         clock, epoch, tally = time.monotonic(), self.done + 1, self.tally
         line = {"epoch": epoch, "lr": max(group["lr"] for group in self.optimizer.param_groups)}
         if tally.good:
             line["train_loss"] = tally.loss / tally.good
-        if epoch % self.recipe["evaluate_every"] == 0 or epoch == self.epochs:
+        if self.evaluates():
             result = scores(self.judged, self.val, self.normalise)
-            line |= {"val_loss": result["loss"], "top1": result["top1"]} if self.rank == 0 else {}
+            if not math.isfinite(loss := distributed.broadcast(result.get("loss"))):
+                raise DivergedError(f"the validation loss became {loss:.4g} after step {self.taken}", self.taken)
+            line |= {"val_loss": loss, "top1": result["top1"]} if self.rank == 0 else {}
         if self.sparsity:
             line["density"] = self.sparsity.density()
         if tally.bad:
@@ -282,7 +303,12 @@ class Training:
         return math.isfinite(loss) and loss <= self.recipe["max_loss"]
 
     def check_finite(self) -> None:
-        """Raise DivergedError where a weight is no number: such a state is neither kept nor evaluated."""
+        """Raise DivergedError where a weight is no number: such a state is neither kept nor evaluated.
+
+        Where norms are not synchronised, all processes take the statistics of process 0 first: what is published.
+        """
+        if not self.machine["sync_bn"]:
+            distributed.share(dict.fromkeys([*self.model.buffers(), *self.judged.buffers()]))
         tensors = {*self.model.state_dict().values(), *self.judged.state_dict().values()}
         sums = [tensor.sum(dtype=torch.float64) for tensor in tensors if tensor.is_floating_point()]
         if not torch.stack(sums).isfinite().all():
@@ -323,7 +349,7 @@ class Training:
         network = torch.compile(self.model) if self.machine["compile"] else self.model
         if self.world == 1:
             return network
-        # Synchronised norms have equal buffers everywhere; others take those of process 0 before every forward pass.
+        # Synchronised norms have equal buffers everywhere; others take those of process 0 before the first part of a step.
         return DistributedDataParallel(network, device_ids=[self.device.index] if self.device.type == "cuda" else None,
                                        broadcast_buffers=not self.machine["sync_bn"])
 
@@ -357,6 +383,25 @@ class Training:
         parts = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler.is_enabled() and self.scaler,
                  "sparsity": self.sparsity, "ema": self.ema and self.ema.module}
         return {name: part for name, part in parts.items() if part}
+
+
+class _Statistics:
+    """What the norms of a network remember of the images they saw, to be put back after a step that is not taken."""
+
+    def __init__(self, model: nn.Module) -> None:
+        norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        tensors = [tensor for norm in norms for tensor in norm.buffers(recurse=False)]
+        kinds = {tensor.dtype: None for tensor in tensors}            # one launch for all tensors of a kind
+        self.now = [[tensor for tensor in tensors if tensor.dtype == kind] for kind in kinds]
+        self.kept = [[tensor.clone() for tensor in each] for each in self.now]
+
+    def keep(self) -> None:
+        for kept, now in zip(self.kept, self.now, strict=True):
+            torch._foreach_copy_(kept, now)
+
+    def restore(self) -> None:
+        for kept, now in zip(self.kept, self.now, strict=True):
+            torch._foreach_copy_(now, kept)
 
 
 @dataclass
@@ -422,8 +467,11 @@ class Sitting:
             training.publish(self.out, self.record | resumed)
 
     def _wishes(self) -> list[bool]:
-        """This process's: to stop, and to save because it is time."""
-        return [self.asked(), self.leads and time.monotonic() - self.saved > self.interval]
+        """This process's: to stop, and to save because it is time: sooner before an evaluation, which heeds no request."""
+        training, interval = self.training, self.interval
+        if training.position + 1 == training.steps and training.evaluates():
+            interval = min(interval, BEFORE_EVALUATION)
+        return [self.asked(), self.leads and time.monotonic() - self.saved > interval]
 
     def _save(self) -> None:
         """Write a checkpoint and the log; all processes wait for it."""
@@ -551,7 +599,7 @@ def _environment(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _status(title: str, line: Mapping[str, Any], epochs: int, spent: float, remaining: float) -> None:
     """One line per epoch."""
-    top1 = f"{line['top1']:5.1f} %" if "top1" in line else "    -  "
+    top1 = f"  top-1 {line['top1']:5.1f} %" if "top1" in line else ""
     loss = line.get("train_loss", math.nan)
-    _log.info("%s  epoch %3d/%d  loss %.3f  top-1 %s  %5.0f images/s  %4.0f s spent  %4.0f s to go", title, line["epoch"],
-              epochs, loss, top1, line["images_per_second"], spent, remaining)
+    _log.info("%s  epoch %3d/%d  loss %.3f%s  %5.0f images/s  %4.0f s spent  %4.0f s to go", title, line["epoch"], epochs, loss,
+              top1, line["images_per_second"], spent, remaining)

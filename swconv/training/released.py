@@ -21,7 +21,7 @@ from swconv.training.data import MEMORY_FORMATS, ValLoader
 from swconv.training.finished import published_sha256
 from swconv.training.loop import VAL_BATCH, normaliser, prepare_machine, scores
 from swconv.training.record import values
-from swconv.weights import MAP_VERSION, convert_official, density_in, lay_out_state, masks_in, read_checkpoint, weights_in
+from swconv.weights import MAP_VERSION, convert_official, density_in, lay_out_state, masks_in, read_checkpoint
 
 _log = logging.getLogger(__name__)
 
@@ -49,8 +49,7 @@ def convert_released(name: str, config: Mapping[str, Any], out: Path) -> None:
     file, dataset = config["file"], config["dataset"]
     try:
         network = _create(config)
-        checkpoint = read_checkpoint(Path(file["path"]), file["sha256"])
-        state = convert_official(weights_in(checkpoint, file["part"]), network)
+        state = convert_official(read_checkpoint(Path(file["path"]), file["sha256"]), network, file["part"])
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"weights {name} of params/weights.yaml ({file['path']}, from {file['source']}): {error}") from error
     digest = file_sha256(Path(file["path"]))

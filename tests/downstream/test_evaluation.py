@@ -3,13 +3,16 @@
 import json
 import math
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from swconv.downstream.evaluation import corners_of, draw_pictures, evaluate
+from swconv.downstream import evaluation, sources
+from swconv.downstream.benchmarks import benchmark
+from swconv.downstream.evaluation import SegmentationJudge, corners_of, draw_pictures, evaluate, load_finished
 from swconv.downstream.nuscenes import CLASSES
 from swconv.training.manifest import read_image
 
@@ -47,6 +50,23 @@ def test_a_fine_tune_is_measured_and_leaves_its_benchmarks_submission(task, fini
     else:
         assert files == ["results_nusc.json"]
         assert len(json.loads((tmp_path / "detections/results_nusc.json").read_text())["results"]) == 4
+
+
+def test_no_look_at_an_image_keeps_what_gradients_would_need(finished, tiny, tmp_path, monkeypatch):
+    row, weights = finished("ade20k")
+    used = benchmark(row, sources.root_of(tiny / "ade20k", "ade20k"))
+    seen = []
+
+    def watched(whole, *arguments, **more):
+        result = whole(*arguments, **more)
+        seen.append((whole.__name__, result.requires_grad, result.is_inference()))
+        return result
+
+    for name in ("multi_scale_flip", "whole_inference"):
+        monkeypatch.setattr(evaluation, name, partial(watched, getattr(evaluation, name)))
+    SegmentationJudge(used, load_finished(row, used, weights), torch.device("cpu")).assess(tmp_path)
+    assert set(seen) == {("multi_scale_flip", False, True), ("whole_inference", False, True)}
+    assert len(seen) == 16
 
 
 @pytest.mark.parametrize("task", MEASURES)

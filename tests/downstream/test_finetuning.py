@@ -1,12 +1,14 @@
 """A fine-tune ends where it would have ended undisturbed, starts from the weights that it is given, keeps their zeros."""
 
 import json
+import logging
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 import timm
@@ -55,6 +57,45 @@ def test_a_stopped_fine_tune_ends_bit_for_bit_where_an_undisturbed_one_ends(conf
     assert losses[0] == losses[1]
     assert len(losses[0]) == 3
     assert json.loads((cut / "run.json").read_text())["resumed_from_step"] == 4
+
+
+def test_a_stopped_fine_tune_lets_go_of_its_process_group_before_that_ends(config, fitted, pretrained, known, tmp_path,
+                                                                             monkeypatch):
+    order = []
+
+    @contextmanager
+    def group(device):
+        try:
+            yield
+        finally:
+            order.append("group ended")
+
+    monkeypatch.setattr(finetuning.distributed, "group", group)
+    monkeypatch.setattr(finetuning.FineTuning, "leave_group", lambda self: order.append("left"))
+    with pytest.raises(StoppedError):
+        fitted(config, tmp_path, pretrained(known.examples["voc"]), asked=stop_after(1))
+    assert order == ["left", "group ended"]
+
+
+def test_a_pass_without_a_good_step_has_no_loss_in_the_log_and_a_status_line(config, fitted, pretrained, known, tmp_path,
+                                                                              monkeypatch, caplog):
+    real, bad = finetuning.FineTuning.step, []
+
+    def step(self, number, *rest):
+        loss, *wished = real(self, number, *rest)
+        if number < self.steps:
+            bad.append(number)
+            loss = float("nan")
+        return [loss, *wished]
+
+    monkeypatch.setattr(finetuning.FineTuning, "step", step)
+    with caplog.at_level(logging.INFO):
+        out = fitted(config, tmp_path, pretrained(known.examples["voc"]))
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert ["train_loss" in line for line in lines] == [False, True, True]
+    assert lines[0]["bad_steps"] == len(bad) > 0
+    assert "epoch   1/3  loss nan  " in caplog.text
+    assert "top-1" not in caplog.text
 
 
 SCRIPT = """

@@ -11,6 +11,7 @@ import timm
 import torch
 from torch import nn
 
+from swconv.downstream.fcos3d import FCOS3DConfig, FCOS3DHead
 from swconv.downstream.pyramid import Pyramid, layer_id, parameter_groups
 from swconv.weights import official_names
 
@@ -173,6 +174,16 @@ def test_grn_decays_and_vectors_do_not():
     block = "net.stages.0.blocks.0."
     assert (decay[f"{block}grn.weight"], decay[f"{block}grn.bias"], decay[f"{block}pwconv1.weight"]) == (0.05,) * 3
     assert (decay[f"{block}gamma"], decay[f"{block}pwconv1.bias"], decay["norm0.weight"]) == (0.0,) * 3
+
+
+def test_the_scales_of_fcos3d_are_no_vectors_and_decay():
+    head = FCOS3DHead(FCOS3DConfig(fpn_channels=16, channels=16, centerness_channels=8, groups=4, deformable=False))
+    model = nn.ModuleDict({"pyramid": Pyramid("slak_tiny", **TINY, **SMALL["slak_tiny"]), "head": head})
+    decay = {name: group["weight_decay"] for group in parameter_groups(model, 1.0, 0.05) for name in group["names"]}
+    scales = {name: decay[name] for name, weight in head.named_parameters(prefix="head") if weight.ndim == 0}
+    assert len(scales) == 15
+    assert set(scales.values()) == {0.05}
+    assert {value for name, value in decay.items() if name.endswith(".bias")} == {0.0}
 
 
 def test_with_norms_only_norms_are_free_of_decay_and_all_learn_alike():

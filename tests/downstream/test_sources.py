@@ -36,6 +36,19 @@ def test_of_a_users_folder_annotations_are_hashed_and_images_are_not(known, tiny
     assert not (tmp_path / "files").exists()
 
 
+def test_maps_of_classes_are_annotations_and_hashed_though_they_are_images(known, tiny, tmp_path):
+    copy = shutil.copytree(tiny / "ade20k/files", tmp_path / "ade")
+    sources.prepare("ade20k", known.of_task("ade20k", "smoke") | {"root": str(copy)}, tmp_path / "out")
+    rows = list(csv.DictReader((tmp_path / "out/manifest.csv").read_text().splitlines()))
+    assert {row["path"].split("/")[0]: bool(row["sha256"]) for row in rows} == {"annotations": True, "images": False}
+    path = copy / rows[0]["path"]
+    changed = bytearray(path.read_bytes())
+    changed[-1] ^= 1                                                  # as long as before
+    path.write_bytes(changed)
+    with pytest.raises(ValueError, match=rf"got 1 that differ: {path} \(changed\);"):
+        sources.verify(tmp_path / "out", "ade20k")
+
+
 def test_a_folder_without_annotations_and_an_unreadable_image_are_refused(known, tiny, tmp_path):
     copy = shutil.copytree(tiny / "ade20k/files", tmp_path / "ade")
     data = known.of_task("ade20k", "smoke") | {"root": str(copy)}

@@ -157,12 +157,19 @@ def test_the_scoreboard_adds_up_and_knows_tables_that_were_not_made(paper, tmp_p
     plan = table() | {"claims": "sw_table1.csv"}
     others = {"sw_table3.csv": ("table3", "Other", Counter(equal=4))}
     pages = {"sw_table2.csv": ("table2", "Runs")}
-    build_index({"table1": plan}, COUNTS, others, pages, {}, paper, tmp_path / "index.md")
+    build_index({"table1": plan}, COUNTS, others, pages, {}, {}, paper, tmp_path / "index.md")
     text = (tmp_path / "index.md").read_text()
     assert "| [A table](table1.md) | 9 | 3 | - | 1 | 3 | 2 |" in text
     assert "| [Runs](table2.md) | 1 | - | - | - | - | 1 |" in text
     assert "| [Other](table3.md) | 4 | 4 | - | - | - | - |" in text
     assert "| all | 14 | 7 | - | 1 | 3 | 3 |" in text
+    scores = {"sw_table1.csv": Counter({"reproduced": 1, "not run": 2}), "sw_table2.csv": Counter({"no verdict (n < 3)": 1})}
+    build_index({"table1": plan}, COUNTS, others, pages, scores, {}, paper, tmp_path / "index.md")
+    text = (tmp_path / "index.md").read_text()
+    assert "| table | cells | equal | explained | differs | cited | not run | no verdict (n < 3) | reproduced |" in text
+    assert "| [A table](table1.md) | 9 | 3 | - | 1 | 2 | 2 | - | 1 |" in text   # of what is counted, and of its runs
+    assert "| [Runs](table2.md) | 1 | - | - | - | - | - | 1 | - |" in text
+    assert "| all | 14 | 7 | - | 1 | 2 | 2 | 1 | 1 |" in text
 
 
 def test_counts_of_another_time_are_refused(tmp_path, capsys):
@@ -188,6 +195,31 @@ def test_a_row_that_says_too_little_or_names_no_fine_tune_is_refused(tmp_path, m
     assert main(["tables", "--counts", "counts.json", "--out", "out"]) == 1
     assert sentence in capsys.readouterr().err
     assert not Path("out").exists()
+
+
+def test_runs_on_imagenet_and_published_weights_of_pages_on_runs_enter_the_scoreboard(tmp_path, monkeypatch):
+    for folder in ("params", "reports/paper"):
+        shutil.copytree(folder, tmp_path / folder)
+    monkeypatch.chdir(tmp_path)
+
+    def write(folder: str, values: dict, record: dict) -> None:
+        Path(folder).mkdir(parents=True)
+        metrics = {key: {"value": value, "unit": "%"} for key, value in values.items()}
+        Path(folder, "metrics.json").write_text(json.dumps(metrics))
+        Path(folder, "run.json").write_text(json.dumps(record))
+
+    for seed, top1 in enumerate((81.3, 81.35, 81.45)):                    # #9, printed as 81.36
+        write(f"artifacts/paper/evaluate/sw09/seed{seed}", {"top1": top1}, {"key": "k", "seed": seed})
+    config = params.load().released("slak_tiny_300", "paper")             # 82.5 at 300 epochs, laid out too
+    write("artifacts/paper/released/slak_tiny_300", {"top1": 82.48, "top1_laid_out": 82.3, "images": 50_000},
+          {"config": config, "source_sha256": "ab"})
+    Path("counts.json").write_text(json.dumps({"counted": {key: {"params": 1, "macs": 1} for key in params.load().counted},
+                                               "curves": []}))
+    assert main(["tables", "--counts", "counts.json", "--out", "reports"]) == 0
+    text = Path("reports/index.md").read_text()
+    assert "| table | cells | equal | explained | differs | cited | not run | reproduced |" in text
+    assert "roadmap, row by row](table2.md) | 16 | - | - | - | - | 15 | 1 |" in text
+    assert "from SLaK to shared filters](table1.md) | 12 | 1 | - | 1 | - | 10 | - |" in text
 
 
 def test_the_committed_tables_leave_nothing_that_differs():

@@ -1,7 +1,12 @@
 """The table of the examples says what was wanted and whether it was reached."""
 
 import json
+import shutil
 
+import pytest
+
+from swconv import downstream_params, params
+from swconv.__main__ import main
 from swconv.reporting.downstream_examples import build
 
 
@@ -22,7 +27,9 @@ def test_a_target_is_reached_missed_or_not_measured(tmp_path):
     write(tmp_path / "finetune/c/seed0", {"diverged": (3, "step")})
     write(tmp_path / "downstream/c/seed0", {"diverged": (3, "step")})
     out = tmp_path / "table.md"
-    build(tmp_path, [("ade20k", "a", {"mIoU": 90.0}), ("coco", "b", {"AP50_box": 90.0}), ("voc", "c", {"mAP": 90.0})], 0, out)
+    rows = [("ade20k", "a", {"mIoU": 90.0}), ("coco", "b", {"AP50_box": 90.0}), ("voc", "c", {"mAP": 90.0})]
+    with pytest.raises(ValueError, match=r"got AP50_box of b with 89\.99 for 90, mAP of c with none for 90\. Look at the loss"):
+        build(tmp_path, rows, 0, out)
     lines = [line for line in out.read_text().splitlines() if line.startswith("|")][2:]
     assert lines == [
         "| ade20k | a | mIoU | 90 | 90.00 | % | yes | 100 | 1.5 | c0de | 01234567 + changes |",
@@ -31,3 +38,20 @@ def test_a_target_is_reached_missed_or_not_measured(tmp_path):
         "| voc | c | mAP | 90 | none |  | **no** | 3 | 1.5 | c0de | 01234567 + changes |",
     ]
     assert "Profile `overfit`, seed 0" in out.read_text()
+
+
+def test_the_verb_fails_where_a_target_is_missed_and_only_there(tmp_path, monkeypatch, capsys):
+    shutil.copytree("params", tmp_path / "params")
+    monkeypatch.chdir(tmp_path)
+    known = downstream_params.load(tmp_path / "params", params.load(tmp_path / "params"))
+    wanted = {run: known.profile("overfit").targets[task] for task, run in known.examples.items()}
+    for run, targets in wanted.items():
+        write(tmp_path / f"artifacts/overfit/finetune/{run}/seed0", {"steps": (100, "steps")})
+        write(tmp_path / f"artifacts/overfit/downstream/{run}/seed0", {name: (value, "%") for name, value in targets.items()})
+    verb = ["downstream-table", "--profile", "overfit", "--seed", "0", "--out", "table.md"]
+    assert main(verb) == 0
+    missed = tmp_path / f"artifacts/overfit/downstream/{known.examples['nuscenes']}/seed0/metrics.json"
+    missed.write_text(json.dumps({"mAP": {"value": 12.5, "unit": "%"}}))
+    assert main(verb) == 1
+    assert f"got mAP of {known.examples['nuscenes']} with 12.50 for 50." in capsys.readouterr().err
+    assert "| 12.50 | % | **no** |" in (tmp_path / "table.md").read_text()

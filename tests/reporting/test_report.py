@@ -5,6 +5,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ import pytest
 from swconv import params
 from swconv.__main__ import main
 from swconv.reporting import distance
+from swconv.reporting.accuracies import Accuracy
 from swconv.reporting.comparison import Control, Row
-from swconv.reporting.report import Column, Plan, build_report, directions, score
+from swconv.reporting.report import Column, Plan, build_report, verdicts
 from swconv.reporting.runs import Evidence
 from swconv.reporting.statistics import Interval
 from swconv.reporting.table import interval_text, read_claims
@@ -448,17 +450,54 @@ def test_each_column_of_a_table_has_its_own_runs_reference_and_verdicts(two_colu
     assert (lines["#2, c, 120 epochs"]["run"], lines["#2, c, 120 epochs"]["claim"]) == ("s2", "short")
 
 
-def test_the_score_counts_printed_numbers_and_only_imagenet_reproduces_any(two_columns, tmp_path):
-    proxy, imagenet = (Evidence(profile, (0, 1, 2), tmp_path / "artifacts") for profile in ("mini", "paper"))
-    build_report(two_columns, proxy, tmp_path / "r", command=COMMAND, imagenet=imagenet)
-    assert score(tmp_path / "r/slak/t.csv") == {"not run": 6}
-    assert directions(tmp_path / "r/slak/t.csv") == {"agrees": 1, "disagrees": 1, "the paper has no difference": 1}
+def test_printed_numbers_are_judged_by_imagenet_runs_and_published_weights_and_no_other(two_columns, tmp_path):
+    imagenet = Evidence("paper", (0, 1, 2), tmp_path / "artifacts")
+    assert verdicts(two_columns, imagenet, {}) == {"not run": 6}
     for run, values in {"x0": (82.4, 82.5, 82.7), "x1": (81.0, 81.1, 81.2), "s0": (81.6, 81.7)}.items():
         for seed, value in enumerate(values):
             _seed(tmp_path, run, seed, value, profile="paper")
+    runs = {"reproduced": 1, "differs": 1, "no verdict (n < 3)": 1, "not run": 3}
+    assert verdicts(two_columns, imagenet, {}) == runs
+    weights = {("claims", 0, "long"): Accuracy(82.54, "w"), ("claims", 3, "short"): Accuracy(81.4, "v")}
+    assert verdicts(two_columns, imagenet, weights) == {"equal": 1, "differs": 2, "no verdict (n < 3)": 1, "not run": 2}
+    proxy = Evidence("mini", (0, 1, 2), tmp_path / "artifacts")
     build_report(two_columns, proxy, tmp_path / "r", command=COMMAND, imagenet=imagenet)
-    assert score(tmp_path / "r/slak/t.csv") == {"reproduced": 1, "differs": 1, "no verdict (n < 3)": 1, "not run": 3}
     assert "of the 4 numbers of the paper: 1 differs, 2 not run, 1 reproduced" in (tmp_path / "r/slak/t.md").read_text()
+
+
+def test_published_weights_have_a_section_with_their_files_where_they_were_measured(two_columns, tmp_path):
+    proxy = Evidence("mini", (0, 1, 2), tmp_path / "artifacts")
+    weights = {("claims", 3, "short"): Accuracy(81.364, "weights v, `run.json`"),
+               ("other", 0, "long"): Accuracy(70.0, "no cell here")}
+    build_report(two_columns, proxy, tmp_path / "r", command=COMMAND, published=weights)
+    page = (tmp_path / "r/slak/t.md").read_text()
+    section = page.split("## Published weights")[1].split("\n## ")[0]
+    assert "| #2, c | 120 epochs | 81.36 | 81.36 [^weights1] | equal |" in section
+    assert "[^weights1]: weights v, `run.json`." in section
+    assert "no cell here" not in page
+    build_report(two_columns, proxy, tmp_path / "r", command=COMMAND)
+    assert "Published weights" not in (tmp_path / "r/slak/t.md").read_text()
+
+
+def test_every_row_tells_how_sure_its_settings_are_even_where_it_was_not_run(tree):
+    origins = {"sw09": "Settings: unknown. EMA as in #2.", "sw13": "Settings: inferred."}
+    proxy = Evidence("mini", (0, 1, 2), tree / "artifacts")
+    build_report(replace(_plan(), origins=origins), proxy, tree / "r", command=COMMAND)
+    text = (tree / "r/table2.md").read_text()
+    assert "\n[^sw09]: Settings: unknown. EMA as in #2. `artifacts/mini/evaluate/sw09/seed*/metrics.json`: seed 0" in text
+    assert "| not run [^sw13] |" in text
+    assert "\n[^sw13]: Settings: inferred." in text
+
+
+def test_a_row_of_which_a_seed_diverged_is_no_part_of_the_rank_correlation(tree):
+    whole = _build(tree)
+    folder = tree / "artifacts/mini/train/sw10/seed2"
+    (folder / "metrics.json").write_text(json.dumps({"diverged": {"value": 7, "unit": "step"}}))
+    shutil.rmtree(tree / "artifacts/mini/evaluate/sw10/seed2")
+    text = _build(tree)
+    assert "over the 5 rows that have both" in whole
+    assert "over the 4 rows that have both" in text
+    assert "1 seed diverged" in _cells(text, "#10")[3]
 
 
 def test_without_numbers_of_the_paper_rows_stand_above_or_below_their_reference(tmp_path):
@@ -489,7 +528,8 @@ def test_curves_are_the_means_over_seeds_of_what_training_logged(tmp_path):
     for seed in range(2):
         _seed(tmp_path, "a", seed, 70.0 + seed)
         log = [{"epoch": 1, "train_loss": 2.0 + seed}, {"event": "update"},
-               {"epoch": 2, "train_loss": 1.0, "top1": 70.0 + seed}]
+               {"epoch": 2, "train_loss": 1.0, "top1": 70.0 + seed},
+               {"epoch": 3} | ({"train_loss": 0.5} if seed else {})]                          # all steps of seed 0 were bad
         (tmp_path / f"artifacts/mini/train/a/seed{seed}/log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     rows = (Row("a", "A", ""), Row("b", "B", ""))
     plan = Plan("f6", "F", (Column("at the end", "A", rows),), sections=("curves",))

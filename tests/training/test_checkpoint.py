@@ -37,6 +37,17 @@ def test_damaged_newest_falls_back_to_the_one_before_and_says_so(tmp_path, caplo
     assert "epoch0002.pt is damaged" in caplog.text
 
 
+def test_a_damaged_one_is_set_aside_and_not_one_of_the_two_that_are_kept(tmp_path):
+    for epoch in (1, 2, 3):
+        if epoch == 3:
+            (tmp_path / "epoch0002.pt").write_bytes(b"x" * 99)
+            checkpoint.newest(tmp_path)
+        checkpoint.save(tmp_path, epoch, 0, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch0001.pt", "epoch0002.pt.damaged", "epoch0003.pt"]
+    (tmp_path / "epoch0003.pt").write_bytes(b"x" * 99)
+    assert checkpoint.newest(tmp_path).name == "epoch0001.pt"
+
+
 def test_nothing_saved_is_none(tmp_path):
     assert checkpoint.newest(tmp_path) is None
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -11,6 +12,7 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -66,6 +68,26 @@ def trained(kind: str, micro_batch: int | None, digits: Path) -> tuple[dict, lis
         loop.build = build
 
 
+def begun(digits: Path) -> dict:
+    """What a process draws first, and its norms' statistics, which are its own, before and after it looks for bad numbers."""
+    config = configuration()
+    config["recipe"] |= {"sparsity": params.load().resolve(RUN, "smoke")["recipe"]["sparsity"], "ema_decay": 0.5}
+    config["machine"] |= {"sync_bn": False}
+    training = loop.Training(config, digits, seed=0)
+    training.start(None, {})
+    found = {"draws": (random.random(), np.random.rand(), torch.rand(()).item()),
+             "masks": training.sparsity.state_dict()["masks"],
+             "patience": torch.distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout.days}
+    for _ in training.epoch("", 0, lambda: [False]):
+        pass
+    kept = [("model", training.model), ("average", training.judged)]
+    for when in ("own", "shared"):
+        found[when] = {f"{name}.{key}": tensor.clone() for name, network in kept for key, tensor in network.named_buffers()}
+        training.check_finite()
+    training.leave_group()
+    return found
+
+
 CASES = [(kind, micro_batch) for kind in ("sgd", "adamw") for micro_batch in (None, 16)]
 
 
@@ -76,6 +98,7 @@ def _process(rank: int, digits: Path, folder: Path) -> None:
     with loop.distributed.group("cpu"):
         for kind, micro_batch in CASES:
             torch.save(trained(kind, micro_batch, digits), folder / f"{kind}-{micro_batch}-{rank}.pt")
+        torch.save(begun(digits), folder / f"begun-{rank}.pt")
     os.environ["SWCONV_RENDEZVOUS"] += "-again"
     looks = iter(range(100))
     config = configuration()
@@ -104,6 +127,40 @@ def test_two_processes_train_to_the_weights_of_one_with_twice_the_batch(processe
         torch.testing.assert_close(first[name], tensor, atol=tolerance, rtol=0)
     assert (alone["head.weight"] - start["head.weight"]).abs().max() > 1e-3
     assert their_losses == pytest.approx(losses, abs=1e-8)
+
+
+@pytest.fixture(scope="module")
+def beginnings(processes):
+    return [torch.load(processes / f"begun-{rank}.pt") for rank in range(2)]
+
+
+def test_processes_that_begin_draw_other_numbers_each_and_have_the_same_masks(beginnings):
+    first, second = beginnings
+    assert not set(first["draws"]) & set(second["draws"])
+    assert first["masks"]
+    assert all(torch.equal(mask, second["masks"][name]) for name, mask in first["masks"].items())
+
+
+def test_one_process_that_begins_draws_on_where_the_building_of_its_network_left_off(digits):
+    config = configuration()
+    training = loop.Training(config, digits, seed=0)
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    training.start(None, {})
+    assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+
+
+def test_norms_of_each_process_become_those_of_the_first_before_they_are_judged(beginnings):
+    first, second = beginnings
+    for kind in ("model", "average"):
+        names = [name for name in first["own"] if name.startswith(kind) and name.endswith("running_mean")]
+        assert any(not torch.equal(first["own"][name], second["own"][name]) for name in names)
+    for name, tensor in first["own"].items():
+        assert torch.equal(tensor, first["shared"][name]), name
+        assert torch.equal(tensor, second["shared"][name]), name
+
+
+def test_processes_wait_for_days_for_one_that_waits_for_a_lock(beginnings):
+    assert [each["patience"] for each in beginnings] == [7, 7]
 
 
 def test_one_process_takes_up_what_two_began_and_sees_the_same_batches(processes, digits, tmp_path, caplog):

@@ -151,6 +151,26 @@ def test_a_damaged_newest_checkpoint_costs_time_and_no_bit(config, digits, tmp_p
     assert (resumed / "weights.safetensors").read_bytes() == (straight / "weights.safetensors").read_bytes()
 
 
+def test_a_kill_in_an_evaluation_costs_no_step_where_it_puts_long_work_at_risk(config, digits, tmp_path, monkeypatch):
+    config["recipe"] |= {"evaluate_every": 2}
+    straight = run(config, digits, tmp_path / "straight")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "scores", killed)
+    for seconds, state in ((3600.0, "epoch0001.pt"), (0.0, "epoch0001_step000004.pt")):
+        monkeypatch.setattr(loop, "BEFORE_EVALUATION", seconds)
+        with pytest.raises(KeyboardInterrupt):
+            run(config, digits, tmp_path / "cut")
+        assert checkpoint.newest(tmp_path / "cut/checkpoints").name == state
+    monkeypatch.undo()
+    resumed = run(config, digits, tmp_path / "cut")
+    assert json.loads((resumed / "run.json").read_text())["resumed_from_step"] == 8
+    for name in ("weights.safetensors", "metrics.json"):
+        assert (resumed / name).read_bytes() == (straight / name).read_bytes()
+
+
 def test_a_checkpoint_of_another_network_is_refused_with_what_to_do(config, digits, tmp_path):
     with pytest.raises(StoppedError):
         loop.train(config, digits, tmp_path / "out", tmp_path / "checkpoints", circumstances(config), asked=stop_after(1))
@@ -179,24 +199,51 @@ def test_a_loss_that_is_no_number_ends_the_run_as_diverged_with_the_step(config,
         run(config, digits, tmp_path / "next", init=out / "weights.safetensors")
 
 
-def spoil(monkeypatch, steps, loss):
-    """Have every part of these steps come out with this loss."""
-    real, current = loop.F.cross_entropy, [0]
-    real_step = loop.Training.step
+def spoil(monkeypatch, steps, part, factor):
+    """Have a part of the network give so many times what it gives, in these steps; None stands for what is outside of steps."""
+    real_build, real_step, current = loop.build, loop.Training.step, [None]
 
     def step(self, number, *rest):
         current[0] = number
-        return real_step(self, number, *rest)
+        found = real_step(self, number, *rest)
+        current[0] = None
+        return found
+
+    def build(config):
+        network = real_build(config)
+        network.get_submodule(part).register_forward_hook(lambda _, inputs, y: y * factor if current[0] in steps else y)
+        return network
 
     monkeypatch.setattr(loop.Training, "step", step)
-    monkeypatch.setattr(loop.F, "cross_entropy",
-                        lambda *args, **more: real(*args, **more) * (loss if current[0] in steps else 1))
+    monkeypatch.setattr(loop, "build", build)
 
 
-@pytest.mark.parametrize("loss", [float("nan"), 1e6])
-def test_few_bad_steps_in_a_row_are_counted_and_not_taken(config, digits, tmp_path, monkeypatch, loss):
+BAD = pytest.mark.parametrize(("part", "factor"), [("stem", float("nan")), ("head", 1e6)])
+
+
+@BAD
+def test_a_step_that_is_not_taken_leaves_no_mark_on_weights_norms_and_average(config, digits, monkeypatch, part, factor):
+    config["recipe"] |= {"bad_steps": 3, "ema_decay": 0.9}
+    spoil(monkeypatch, {1, 2}, part, factor)
+    training, states = loop.Training(config, digits, SEED), []
+    training.start(None, {})
+    for _ in training.epoch("", 0, lambda: [False]):
+        states.append([tensor.clone() for network in (training.model, training.judged)
+                       for tensor in network.state_dict().values()])
+    assert (training.tally.good, training.tally.bad) == (2, 2)
+    assert all(map(torch.equal, states[0], states[1]))
+    assert all(map(torch.equal, states[0], states[2]))
+    assert not all(map(torch.equal, states[0], states[3]))
+    assert all(tensor.isfinite().all() for tensor in states[3])
+    counts = [tensor for name, tensor in training.model.named_buffers() if name.endswith("num_batches_tracked")]
+    assert counts
+    assert all(count == 2 for count in counts)
+
+
+@BAD
+def test_few_bad_steps_in_a_row_are_counted_and_not_taken(config, digits, tmp_path, monkeypatch, part, factor):
     config["recipe"] |= {"bad_steps": 3, "sparsity": None}
-    spoil(monkeypatch, {4, 5, 7, 8}, loss)
+    spoil(monkeypatch, {4, 5, 7, 8}, part, factor)
     out = run(config, digits, tmp_path)
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line.get("bad_steps", 0) for line in lines] == [0, 3, 1, 0]
@@ -206,10 +253,17 @@ def test_few_bad_steps_in_a_row_are_counted_and_not_taken(config, digits, tmp_pa
 
 def test_the_last_good_checkpoint_of_a_run_that_diverged_is_kept(config, digits, tmp_path, monkeypatch):
     config["recipe"] |= {"bad_steps": 3}
-    spoil(monkeypatch, {9, 10, 11}, float("nan"))
+    spoil(monkeypatch, {9, 10, 11}, "stem", float("nan"))
     assert metrics_of(run(config, digits, tmp_path))["diverged"]["value"] == 12
     state = checkpoint.load(checkpoint.newest(tmp_path / "checkpoints"))
     assert (state["done"], state["position"]) == (2, 0)
+
+
+def test_a_validation_loss_that_is_no_number_ends_the_run_as_diverged(config, digits, tmp_path, monkeypatch, caplog):
+    config["recipe"] |= {"sparsity": None, "evaluate_every": 2}
+    spoil(monkeypatch, {None}, "head", float("inf"))
+    assert metrics_of(run(config, digits, tmp_path)) == {"diverged": {"value": 8, "unit": "step"}}
+    assert "DIVERGED: the validation loss became nan after step 8" in caplog.text
 
 
 def test_a_weight_that_is_no_number_is_not_kept_as_a_checkpoint(config, digits, tmp_path, monkeypatch):

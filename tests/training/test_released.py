@@ -54,7 +54,8 @@ def official(name: str, **changes) -> dict[str, torch.Tensor]:
 
 def publish(path: Path, state: dict[str, torch.Tensor]) -> None:
     """As the released training scripts save."""
-    args = argparse.Namespace(model="SLaK_tiny", kernel_size=["51", "49", "47", "13", "5"], lr=4e-3)
+    small = "3" if any(".LoRAs." in key for key in state) else "5"
+    args = argparse.Namespace(model="SLaK_tiny", kernel_size=["51", "49", "47", "13", small], lr=4e-3)
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"model": state, "optimizer": {"state": {}, "param_groups": []}, "epoch": 299, "scaler": {}, "args": args}, path)
 

@@ -1,6 +1,7 @@
 """Fine-tunes by Snakemake and DVC: from our own pretraining, again when that changes, every task end to end."""
 
 import json
+import time
 
 import pytest
 
@@ -16,7 +17,8 @@ NOTHING = "Nothing to be done"
     ("artifacts/paper/downstream/ade_160k_sw_tiny/seed0/metrics.json",
      "weights sw_tiny_300 are needed at data/weights/sw_tiny_300.pth, and there is no file."),
     ("artifacts/paper/downstream_data/nuscenes/data.json",
-     "profile paper needs nuScenes in data/nuscenes/ with samples, maps, but samples and maps are not there."),
+     "profile paper needs nuScenes in data/nuscenes/ with v1.0-trainval, samples, maps, but v1.0-trainval and samples and "
+     "maps are not there."),
 ])
 def test_a_target_that_cannot_be_made_stops_the_plan_in_a_sentence(fresh, target, sentence):
     printed = fresh.snakemake("-n", target, code=1)
@@ -54,8 +56,11 @@ def test_a_changed_pretraining_row_makes_its_fine_tunes_due_and_no_other_change_
 
 
 @pytest.mark.slow
-def test_smoke_runs_every_task_end_to_end(finished):
+def test_smoke_runs_every_task_end_to_end(finished, capsys):
+    began = time.monotonic()
     finished.snakemake("downstream_smoke")
+    with capsys.disabled():                                           # wanted: at most 6 minutes on two idle cores
+        print(f"\ndownstream_smoke took {time.monotonic() - began:.0f} s")
     table = (finished.root / "artifacts/smoke/downstream/examples.md").read_text()
     for task, measure in (("ade20k", "mIoU"), ("coco", "AP50_box"), ("voc", "mAP"), ("nuscenes", "NDS")):
         assert f"| {task} |" in table

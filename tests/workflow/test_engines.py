@@ -49,6 +49,7 @@ def test_dvc_starts_from_nothing(fresh, tmp_path):
     results = project.results()
 
     assert len(results) == 4
+    assert not list(project.root.glob("checkpoints/*"))  # with one left, --forcerun would resume at the end and train nothing
     assert NOTHING in project.snakemake()
     assert UP_TO_DATE in project.run("dvc", "repro")
     assert project.results() == results

@@ -13,11 +13,11 @@ import pytest
 RUN = "artifacts/smoke/train/sw15/seed0"
 
 
-def train_until_first_checkpoint(project, environment):
+def train_until_first_checkpoint(project, environment, told=subprocess.DEVNULL):
     """Start a training and return its driver's process when there is something to lose."""
     driver = subprocess.Popen(
         ["snakemake", "--cores", "all", f"{RUN}/metrics.json"], cwd=project.root, env=environment, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, stderr=told,
     )
     deadline = time.monotonic() + 120
     while not list(project.root.glob("checkpoints/*/epoch*.pt")):
@@ -81,6 +81,17 @@ def test_a_trainer_that_is_asked_to_stop_fails_its_job_and_the_same_command_goes
     assert not (finished.root / RUN / "metrics.json").exists()
     finished.snakemake(f"{RUN}/metrics.json")
     assert json.loads((finished.root / RUN / "run.json").read_text())["resumed_from_step"] > 0
+
+
+@pytest.mark.slow
+def test_a_request_to_the_whole_process_group_ends_the_job_with_the_trainers_own_sentence_and_code(finished):
+    lengthen(finished)
+    with (finished.root / "told").open("w") as told:
+        driver = train_until_first_checkpoint(finished, finished.environment, told)
+        os.killpg(driver.pid, signal.SIGTERM)
+        assert driver.wait(timeout=120) == 1
+    assert "stopped as asked after step" in (finished.root / "logs/train/smoke-sw15-seed0.log").read_text()
+    assert "exit status 85" in (finished.root / "told").read_text()
 
 
 def is_trainer(process, session):

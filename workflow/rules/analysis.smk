@@ -4,15 +4,20 @@ COUNTED = list(PARAMS.costs)
 
 
 def accuracies():
-    """Hash of the accuracies that pages show. No input: what is there is shown, and nothing is run for it."""
-    digest, runs = sha256(), sorted({row.run for row in PARAMS.weights.values() if row.run})
+    """Hash of the accuracies that these pages show, and of the runs on ImageNet that the scoreboard judges."""
+    shown_runs = PARAMS.trained((run for plan in PARAMS.reports.values() for run in plan.runs), "paper")
+    runs = sorted({*shown_runs, *(row.run for row in PARAMS.weights.values() if row.run)})
     shown = [name for name, row in DOWNSTREAM.profiles.items() if PARAMS.profile(row.base).reports == "reports"]
     tuned = [f"{name}/downstream/{run}" for name in shown for run in DOWNSTREAM.runs]
-    for pattern in ("paper/released/*/*.json", *(f"paper/evaluate/{run}/seed*/*.json" for run in runs),
-                    *(f"{folder}/seed*/metrics.json" for folder in tuned)):
-        for path in sorted(Path("artifacts").glob(pattern)):
-            digest.update(f"{path}\n{path.read_text()}\n".encode())
-    return digest.hexdigest()
+    return contents("paper/released/*/*.json", *(f"paper/evaluate/{run}/seed*/*.json" for run in runs),
+                    *(f"paper/train/{run}/seed*/metrics.json" for run in shown_runs),
+                    *(f"{folder}/seed*/metrics.json" for folder in tuned))
+
+
+def judged(plan):
+    """A page's columns, and its rows where one was run on ImageNet: what the scoreboard takes from it."""
+    ran = any(Path("artifacts/paper/evaluate", run).exists() for run in PARAMS.trained(plan.runs, "paper"))
+    return plan.model_dump_json(include={"title", "claims", "named_by", "columns", *(["rows"] if ran else [])})
 
 
 # The counts belong to the machine: without them a clone, whose pages are there, would not see what changes.
@@ -44,8 +49,9 @@ rule tables:
         plan=[PARAMS.costs[table].model_dump_json() for table in COUNTED],
         rows=[PARAMS.identity(run, "paper") for run in PARAMS.settings.values()],
         weights=[row.model_dump_json(exclude={"url"}) for row in PARAMS.weights.values()],
+        pages=[judged(plan) for plan in PARAMS.reports.values()],
         accuracies=accuracies(),
-        code=fingerprint("swconv.reporting.costs"),
+        code=fingerprint("swconv.reporting.report"),
         recipes=fingerprint("swconv.reporting.recipes"),
     log:
         "logs/tables.log",

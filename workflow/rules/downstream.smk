@@ -131,8 +131,9 @@ rule finetune:
     resources:
         gpu=downstream_machine("gpus"),
     shell:
-        "python -m swconv finetune {wildcards.run} --profile {wildcards.profile} --seed {wildcards.seed}"
-        " --data {params.data} --out {params.out} {params.init} --planned {params.planned} 2>&1 | tee {log}"
+        "trap : TERM USR1; python -m swconv finetune {wildcards.run} --profile {wildcards.profile} --seed {wildcards.seed}"
+        " --data {params.data} --out {params.out} {params.init} --planned {params.planned}"
+        " 2>&1 | (trap '' TERM USR1; exec tee {log})"
 
 
 rule assess:
@@ -200,7 +201,9 @@ rule downstream_table:
     log:
         "logs/downstream_table/{profile}.log",
     shell:
+        # a target that is missed is told, and the page stays
         "python -m swconv downstream-table --profile {wildcards.profile} --seed 0 --out {output} 2>&1 | tee {log}"
+        " || test -s {output}"
 
 
 rule downstream_overfit:

@@ -1,4 +1,4 @@
-"""After every run: what is current goes into dvc.lock. When DVC itself asks (via-snakemake), it records on its own."""
+"""After every run: what is current goes into dvc.lock, and its checkpoints go. When DVC asks (via-snakemake), it records."""
 
 import logging
 
@@ -28,13 +28,11 @@ def record():
             sys.exit(said)  # of a command that succeeds DVC would record the edited sources with results of the old ones
         print(said, file=sys.stderr)
         return
-    if under_dvc:
-        return
     outputs = current_outputs()
-    if RECORDED.exists() and RECORDED.read_text() == state(outputs):
+    if not under_dvc and RECORDED.exists() and RECORDED.read_text() == state(outputs):
         return
     done = subprocess.run([sys.executable, "workflow/scripts/dvc_sync.py"], input="\n".join(outputs), text=True)
-    if done.returncode == 0:
+    if done.returncode == 0 and not under_dvc:
         RECORDED.write_text(state(outputs))
 
 

@@ -19,12 +19,30 @@ def claims(wildcards):
     return [f"reports/paper/{table}"] if table else []
 
 
+def contents(*patterns):
+    """Hash of files below artifacts/. No input: what is there is shown, and nothing is run for it."""
+    digest = sha256()
+    for pattern in patterns:
+        for path in sorted(Path("artifacts").glob(pattern)):
+            digest.update(f"{path}\n{path.read_text()}\n".encode())
+    return digest.hexdigest()
+
+
+def published(report):
+    """Published weights that fill cells of a report's table, and what they measured."""
+    table = (PARAMS.report(report).claims or "").removesuffix(".csv")
+    rows = {name: row for name, row in PARAMS.weights.items() if any(fill.table == table for fill in row.fills)}
+    shown = [row.model_dump_json(exclude={"url", "run"}) for row in rows.values()]
+    return [*shown, contents(*(f"paper/released/{name}/*.json" for name in rows))] if rows else []
+
+
 def extra(wildcards):
     """What a page shows that comes from no run."""
     plan, counted = PARAMS.report(wildcards.report), PARAMS.costs.get(wildcards.report)
     return [
         *([fingerprint("swconv.reporting.formulas")] if "formulas" in plan.sections else []),
         *([counted.model_dump_json(), fingerprint("swconv.reporting.costs")] if counted else []),
+        *published(wildcards.report),
     ]
 
 

@@ -1,5 +1,6 @@
 # One model per row of params/runs.yaml and seed. Killed, it goes on from checkpoints/, which no rule owns. Asked to stop
 # (SIGTERM, SIGUSR1), it saves its state and ends with exit code 85: a failed job, which the same command takes up again.
+# The traps are for a request that reaches the whole group: shell and tee outlive the training, and tell how it ended.
 # A training that diverges is a result, too: its metrics say at which step, and its cells in the reports.
 RUN = "artifacts/{profile}/train/{run}/seed{seed}"
 
@@ -51,9 +52,9 @@ rule train:
     resources:
         gpu=training_gpus,
     shell:
-        "python -m swconv train {wildcards.run} --profile {wildcards.profile} --seed {wildcards.seed}"
+        "trap : TERM USR1; python -m swconv train {wildcards.run} --profile {wildcards.profile} --seed {wildcards.seed}"
         " --data {params.data} --out {params.out} {params.init} --planned {params.planned}"
-        " 2>&1 | tee {log}"
+        " 2>&1 | (trap '' TERM USR1; exec tee {log})"
 
 
 # A row that is the same experiment as an earlier one at this scale is not trained twice: it says so instead.

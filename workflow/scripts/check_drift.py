@@ -13,7 +13,7 @@ from swconv.fingerprint import closure, csrc_files
 # Their outputs belong to the machine: no stage keeps them.
 MACHINE = {"build", "count", "track"}
 # Stages outside the default target.
-APART = ("page", "figure", "downstream")
+APART = ("page", "figure", "downstream", "overfit")
 
 
 def snakemake_files(pages: list[str]) -> dict[str, tuple[str, set[str], set[str]]]:

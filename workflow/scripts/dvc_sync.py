@@ -1,12 +1,14 @@
 """Record in dvc.lock every stage whose outputs Snakemake calls current. Reads their names from stdin, one per line.
 
-Their checkpoints go: a published run needs none, and with one a second `--forcerun` would train nothing.
+Their checkpoints go: a published run needs none, and with one a second `--forcerun` would train nothing. Those of a run that
+diverged stay, for the last good one to be looked at.
 
-Called by workflow/rules/record.smk at the end of a run. Exit code 1 and a warning when DVC is busy or broken: the next
-run, or `dvc repro`, records without running anything again.
+Called by workflow/rules/record.smk at the end of a run. Under DVC, which records on its own, removing is all it does. Exit
+code 1 and a warning when DVC is busy or broken: the next run, or `dvc repro`, records without running anything again.
 """
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -48,8 +50,9 @@ def remove_checkpoints(current: set[str]) -> None:
     for path in map(Path, current):
         trains = path.match("artifacts/*/train/*/seed*/run.json") or path.match("artifacts/*/finetune/*/seed*/run.json")
         if trains and path.exists():
-            key = json.loads(path.read_text()).get("key", "")
-            if re.fullmatch("[0-9a-f]+", key):
+            record = json.loads(path.read_text())
+            key, diverged = record.get("key", ""), record.get("status", "").startswith("diverged")
+            if re.fullmatch("[0-9a-f]+", key) and not diverged:
                 shutil.rmtree(Path("checkpoints", key), ignore_errors=True)
 
 
@@ -60,6 +63,8 @@ def main() -> None:
         sys.exit(str(error))
     current = set(sys.stdin.read().splitlines())
     remove_checkpoints(current)
+    if "SWCONV_UNDER_DVC" in os.environ:
+        return
     for attempt in range(ATTEMPTS):
         try:
             record(Repo(), known, current)

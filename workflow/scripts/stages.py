@@ -23,6 +23,7 @@ ALLOWED = {
     "figure": [*PAGE, "figure"],
     "tables": ["count", "tables"],
     "downstream": ["build", "train", "convert", "fetch", "downstream_data", "finetune", "assess", "pictures"],
+    "overfit": ["build", "downstream_data", "finetune", "assess", "downstream_table", "downstream_overfit"],
 }
 
 
@@ -41,6 +42,8 @@ def targets(known: params.Params, kind: str, profile: str = "", which: str = "ta
     """
     if kind == "tables":
         return ["reports/index.md"]
+    if kind == "overfit":
+        return ["reports/downstream_overfit.md"]
     if kind == "data":
         return [f"artifacts/{profile}/data/data.json"]
     if kind == "downstream":

@@ -33,7 +33,6 @@ def test_a_fine_tune_waits_for_the_pretraining_that_stands_for_its_own(fresh):
     assert "train" not in fresh.planned("artifacts/overfit/downstream/ade_160k_sw_tiny/seed0/metrics.json")
 
 
-@pytest.mark.slow
 def test_a_changed_pretraining_row_makes_its_fine_tunes_due_and_no_other_change_does(finished):
     targets = (f"{ROW}/metrics.json", f"{ROW}/pictures")
     finished.snakemake(*targets)
@@ -55,7 +54,6 @@ def test_a_changed_pretraining_row_makes_its_fine_tunes_due_and_no_other_change_
     assert {rule: planned[rule] for rule in ("finetune", "assess", "pictures")} == {"finetune": 1, "assess": 1, "pictures": 1}
 
 
-@pytest.mark.slow
 def test_smoke_runs_every_task_end_to_end(finished, capsys):
     began = time.monotonic()
     finished.snakemake("downstream_smoke")
@@ -69,7 +67,6 @@ def test_smoke_runs_every_task_end_to_end(finished, capsys):
     assert finished.planned("downstream_smoke") == {}
 
 
-@pytest.mark.slow
 def test_a_dvc_stage_per_row_asks_snakemake_and_both_are_done(finished):
     stage = "workflow/dvc.yaml:downstream@smoke-ade_160k_sw_tiny"
     finished.run("dvc", "repro", stage)

@@ -8,8 +8,6 @@ import time
 from base64 import urlsafe_b64encode
 from pathlib import Path
 
-import pytest
-
 RUN = "artifacts/smoke/train/sw15/seed0"
 
 
@@ -47,7 +45,6 @@ def test_the_whole_tree_killed_ends_with_the_weights_of_an_undisturbed_run(finis
         assert (finished.root / RUN / name).read_bytes() == (undisturbed.root / RUN / name).read_bytes()
 
 
-@pytest.mark.slow
 def test_the_driver_alone_killed_trains_nothing_twice(finished):
     lengthen(finished)
     driver = train_until_first_checkpoint(finished, finished.environment)
@@ -70,7 +67,6 @@ def test_killed_between_publishing_and_snakemakes_note_needs_no_option(finished)
     assert finished.planned(target) == {}
 
 
-@pytest.mark.slow
 def test_a_trainer_that_is_asked_to_stop_fails_its_job_and_the_same_command_goes_on(finished):
     lengthen(finished)
     driver = train_until_first_checkpoint(finished, finished.environment)
@@ -83,7 +79,6 @@ def test_a_trainer_that_is_asked_to_stop_fails_its_job_and_the_same_command_goes
     assert json.loads((finished.root / RUN / "run.json").read_text())["resumed_from_step"] > 0
 
 
-@pytest.mark.slow
 def test_a_request_to_the_whole_process_group_ends_the_job_with_the_trainers_own_sentence_and_code(finished):
     lengthen(finished)
     with (finished.root / "told").open("w") as told:
@@ -102,7 +97,6 @@ def is_trainer(process, session):
         return False
 
 
-@pytest.mark.slow
 def test_a_run_that_diverges_stops_nothing_and_its_cell_says_so(finished):
     finished.replace("params/runs.yaml", "{sparsity: {scores: concat}}", "{lr: 1.0e+30}")  # sw15
     assert "sw15 seed 0 DIVERGED: " in finished.snakemake()
@@ -113,7 +107,6 @@ def test_a_run_that_diverges_stops_nothing_and_its_cell_says_so(finished):
     assert finished.planned() == {}
 
 
-@pytest.mark.slow
 def test_a_lock_of_a_living_driver_is_respected(finished):
     lengthen(finished)
     driver = train_until_first_checkpoint(finished, finished.environment)
@@ -124,7 +117,6 @@ def test_a_lock_of_a_living_driver_is_respected(finished):
         driver.wait()
 
 
-@pytest.mark.slow
 def test_a_file_from_the_future_costs_no_result(finished):
     results = finished.results()
     path = Path(finished.root, "artifacts/smoke/data/data.json")
@@ -136,7 +128,6 @@ def test_a_file_from_the_future_costs_no_result(finished):
     assert finished.results() == results
 
 
-@pytest.mark.slow
 def test_a_failed_run_stops_no_other_and_its_old_results_come_back(finished):
     results = finished.results()
     finished.replace("params/runs.yaml", "{sparsity: {scores: concat}}", "{batch_size: 4096}")  # sw15

@@ -41,6 +41,7 @@ rule all:
     default_target: True
     input:
         expand(rules.table2.output, report="table2"),
+        rules.count.output,                                               # a clone has pages, and no note of what made them
         rules.tables.output,
 
 

@@ -83,20 +83,6 @@ def test_dvc_remembers_a_profile_while_another_is_active(finished):
     assert (finished.root / "dvc.lock").read_text() == recorded
 
 
-def test_a_page_of_its_own_file_is_made_by_either_engine_and_a_plain_repro_starts_none(finished):
-    stage, page = "reports/dvc.yaml:page@smoke-slak/table9", "artifacts/smoke/reports/slak/table9.md"
-    assert UP_TO_DATE in finished.run("dvc", "repro")
-    assert not (finished.root / page).exists()
-
-    finished.run("dvc", "repro", stage)
-    results = finished.results()
-    assert "SLaK-T, 7" in (finished.root / page).read_text()
-    assert NOTHING in finished.snakemake(page)
-
-    finished.snakemake("artifacts/smoke/reports/slak/figure5.md")
-    assert UP_TO_DATE in finished.run("dvc", "repro", "reports/dvc.yaml:figure@smoke-slak/figure5")
-    assert UP_TO_DATE in finished.run("dvc", "repro", stage)
-    assert results.items() < finished.results().items()
 
 
 def test_a_comment_is_recorded_without_running_anything(finished):

@@ -3,6 +3,7 @@
 `benchmark(config, root)` reads a resolved row of params/downstream.yaml; `evaluation` judges what the network finds.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -51,7 +52,7 @@ def _split(data: Mapping[str, Any], training: bool) -> str:
 DATASETS = {"ade20k": _ade20k, "coco": _coco, "voc": _voc, "nuscenes": _nuscenes}
 
 
-class Benchmark:
+class Benchmark(ABC):
     """What the benchmarks share.
 
     Parameters
@@ -78,17 +79,17 @@ class Benchmark:
         """Which images may meet in a batch; None for all, the remainder of an epoch dropped."""
         return images.wide
 
+    @abstractmethod
     def network(self, pyramid: Pyramid) -> nn.Module:
         """Pyramid and heads: (images, targets) -> losses while training."""
-        raise NotImplementedError
 
+    @abstractmethod
     def training_view(self) -> Any:
         """The recipe's augmentation."""
-        raise NotImplementedError
 
+    @abstractmethod
     def test_view(self) -> Any:
         """What evaluation does to an image."""
-        raise NotImplementedError
 
 
 class Segmentation(Benchmark):

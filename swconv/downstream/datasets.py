@@ -9,6 +9,7 @@ A sample is `(image, target)`. The image is uint8 of shape (3, H, W). The target
 """
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -51,7 +52,7 @@ Sample = tuple[Tensor, Target]
 Transform = Callable[[Tensor, Target, torch.Generator], Sample]
 
 
-class Images(Dataset):
+class Images(Dataset, ABC):
     """What the three datasets share: a sample is a function of (seed, epoch, index), and survives a trip to a worker.
 
     Parameters
@@ -72,9 +73,9 @@ class Images(Dataset):
     def __init__(self, transform: Transform | None, seed: int):
         self.transform, self.seed = transform, seed
 
+    @abstractmethod
     def read(self, index: int) -> Sample:
         """One sample as it lies on disk."""
-        raise NotImplementedError
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         """The transformed sample of (epoch, index)."""

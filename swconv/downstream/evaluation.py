@@ -2,6 +2,7 @@
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -86,7 +87,7 @@ def load_finished(config: Mapping[str, Any], used: Benchmark, weights: Path) -> 
     return model.eval()
 
 
-class Judge:
+class Judge(ABC):
     """What a network finds in the validation images, and how good that is.
 
     Parameters
@@ -100,9 +101,9 @@ class Judge:
         self.used, self.model, self.device = used, model, device
         self.images: Images = used.images(training=False)
 
+    @abstractmethod
     def assess(self, folder: Path) -> Metrics:
         """The benchmark's measures; detections in its submission format below `folder`."""
-        raise NotImplementedError
 
     def find(self, image: Tensor, target: Target) -> Any:
         """What is found in a batch of one, (1, 3, h, w) on the device; comes back to the CPU."""

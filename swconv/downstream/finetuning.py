@@ -5,7 +5,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,10 @@ from swconv.downstream.benchmarks import benchmark, moved
 from swconv.downstream.datasets import Images, Target
 from swconv.downstream.pyramid import Pyramid, parameter_groups
 from swconv.models.sync_norm import sync_batch_norms
-from swconv.training import checkpoint, distributed
+from swconv.training import distributed
 from swconv.training.data import MEMORY_FORMATS
 from swconv.training.finished import diverged_at, published_sha256
-from swconv.training.loop import Sitting, Training, _Tally, autocast, prepare_machine, seed_all
+from swconv.training.loop import Training, _Tally, autocast, prepare_machine, seed_all, train
 from swconv.training.record import values
 
 INTERVAL, LINES = 1000, 20                                            # iterations between lines of the log; least lines
@@ -53,13 +53,7 @@ def fine_tune(config: Mapping[str, Any], data_dir: Path, out: Path, checkpoints:
     StoppedError
         When asked to stop, after the state was saved.
     """
-    with ExitStack() as stack:
-        if distributed.rank() == 0:
-            stack.enter_context(checkpoint.exclusive(checkpoints))
-        stack.enter_context(distributed.group(config["machine"]["device"]))
-        training = FineTuning(config, data_dir, record["seed"], init)
-        stack.callback(training.leave_group)
-        Sitting(training, out, checkpoints, record, asked).run(log_every)
+    train(config, data_dir, out, checkpoints, record, log_every, init, asked, FineTuning)
 
 
 class FineTuning(Training):

@@ -63,7 +63,8 @@ class DivergedError(RuntimeError):
 
 
 def train(config: Mapping[str, Any], data_dir: Path, out: Path, checkpoints: Path, record: dict[str, Any],
-          log_every: int = 0, init: Path | None = None, asked: Callable[[], bool] = lambda: False) -> None:
+          log_every: int = 0, init: Path | None = None, asked: Callable[[], bool] = lambda: False,
+          kind: "type[Training] | None" = None) -> None:
     """Train one run and publish metrics.json, run.json, log.jsonl and weights.safetensors with its sha256.
 
     A killed training goes on from its newest checkpoint and ends, on a CPU, bit for bit where an undisturbed one ends: in
@@ -89,6 +90,8 @@ def train(config: Mapping[str, Any], data_dir: Path, out: Path, checkpoints: Pat
         Weights to start from, of a finished run; images may have another size than there.
     asked : callable
         Whether to stop (`swconv.training.stop.requests`), looked at after every step.
+    kind : type, optional
+        What is trained; `Training` by default.
 
     Raises
     ------
@@ -99,7 +102,7 @@ def train(config: Mapping[str, Any], data_dir: Path, out: Path, checkpoints: Pat
         if distributed.rank() == 0:
             stack.enter_context(checkpoint.exclusive(checkpoints))
         stack.enter_context(distributed.group(config["machine"]["device"]))
-        training = Training(config, data_dir, record["seed"], init)
+        training = (kind or Training)(config, data_dir, record["seed"], init)
         stack.callback(training.leave_group)
         Sitting(training, out, checkpoints, record, asked).run(log_every)
 

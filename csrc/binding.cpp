@@ -470,14 +470,14 @@ Four strip_branches_backward(const Tensor grad_h, const Tensor grad_v, const Ten
 }
 
 #ifdef SWCONV_CUDA
+// On the GPU maps are contiguous, and so are the results.
 Three strip_branches_cuda(const Tensor x, const Tensor kernel_h, const Tensor kernel_v, const Tensor kernel_c,
                           int64_t anchor_h, int64_t anchor_v) {
   constexpr const char* op = "swconv::strip_branches";
-  const Layout layout(x);
-  const auto s = strip_sizes(op, x, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v, layout.channels_last);
+  const auto s = strip_sizes(op, x, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v, false);
   require_float(op, x);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const Tensor from = layout.of(x), kh = dense(kernel_h), kv = dense(kernel_v), kc = dense(kernel_c);
+  const Tensor from = dense(x), kh = dense(kernel_h), kv = dense(kernel_v), kc = dense(kernel_c);
   Tensor h = new_like(from), v = new_like(from), i = new_like(from);
   require_done(op, swconv::strip_branches_cuda(s, from.const_data_ptr<float>(), kh.const_data_ptr<float>(),
                                                kv.const_data_ptr<float>(), kc.const_data_ptr<float>(),
@@ -489,12 +489,11 @@ Three strip_branches_cuda(const Tensor x, const Tensor kernel_h, const Tensor ke
 Tensor strip_mix_cuda(const Tensor x, const Tensor kernel_h, const Tensor kernel_v, const Tensor kernel_c,
                       const std::optional<Tensor> bias, int64_t anchor_h, int64_t anchor_v) {
   constexpr const char* op = "swconv::strip_mix";
-  const Layout layout(x);
-  const auto s = strip_sizes(op, x, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v, layout.channels_last);
+  const auto s = strip_sizes(op, x, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v, false);
   require_bias(op, x, bias, s);
   require_float(op, x);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const Tensor from = layout.of(x), kh = dense(kernel_h), kv = dense(kernel_v), kc = dense(kernel_c);
+  const Tensor from = dense(x), kh = dense(kernel_h), kv = dense(kernel_v), kc = dense(kernel_c);
   const std::optional<Tensor> b = bias ? std::optional<Tensor>(dense(*bias)) : std::nullopt;
   Tensor y = new_like(from);
   require_done(op, swconv::strip_mix_cuda(s, from.const_data_ptr<float>(), kh.const_data_ptr<float>(),
@@ -508,13 +507,12 @@ Four strip_branches_backward_cuda(const Tensor grad_h, const Tensor grad_v, cons
                                   const Tensor kernel_h, const Tensor kernel_v, const Tensor kernel_c,
                                   int64_t anchor_h, int64_t anchor_v) {
   constexpr const char* op = "swconv::strip_branches_backward";
-  const Layout layout(x);
-  const auto s = strip_sizes(op, x, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v, layout.channels_last);
+  const auto s = strip_sizes(op, x, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v, false);
   require_grads(op, x, {&grad_h, &grad_v, &grad_i}, s);
   require_float(op, x);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const Tensor from = layout.of(x), kh = dense(kernel_h), kv = dense(kernel_v), kc = dense(kernel_c);
-  const Tensor gh = layout.of(grad_h), gv = layout.of(grad_v), gi = layout.of(grad_i);
+  const Tensor from = dense(x), kh = dense(kernel_h), kv = dense(kernel_v), kc = dense(kernel_c);
+  const Tensor gh = dense(grad_h), gv = dense(grad_v), gi = dense(grad_i);
   Tensor gx = new_like(from), gkh = new_like(kh), gkv = new_like(kv), gkc = new_like(kc);
   const Tensor partial = torch::stable::new_empty(x, {swconv::strip_chunks_cuda(s), s.channels, strip_taps(s)});
   require_done(op, swconv::strip_branches_backward_cuda(

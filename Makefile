@@ -34,15 +34,22 @@ bench: setup
 	$(BIN)python -m swconv bench training --out reports/bench
 	$(BIN)python -m swconv bench downstream --out reports/bench
 
-# With VENV= it takes the active environment as it is: torch, torchvision, timm, numpy, safetensors, ninja, pytest and
-# faster-coco-eval are enough.
+# Tests, then times, each result written as soon as it is there. With VENV= it takes the active environment as it is: torch,
+# torchvision, timm, numpy, safetensors, ninja and pytest are enough. While the tests run, the networks that throughput wants
+# compiled are; with pytest-xdist the tests share the cores with that.
+gpu: export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/build/inductor
 gpu: $(if $(VENV),setup)
 	$(BIN)python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make gpu needs a GPU that torch sees.')"
 	$(BIN)python -m swconv build --out build/build.json
-	$(BIN)python -m pytest tests/ops tests/models
+	$(BIN)python -m swconv bench compile --device cuda --out $$TORCHINDUCTOR_CACHE_DIR & \
+		$(BIN)python -m pytest -q -p no:benchmark $$($(BIN)python -c "import xdist" 2> /dev/null && printf %s -n8) $(wildcard tests/*/test_gpu.py); \
+		tests=$$?; wait; exit $$tests
 	$(BIN)python -m swconv bench operator --device cuda --out reports/bench
+	$(BIN)python -m swconv bench training --device cuda --out reports/bench
 	$(BIN)python -m swconv bench throughput --device cuda --out reports/bench
-	$(BIN)python -m swconv bench downstream --device cuda --out reports/bench
+	@if $(BIN)python -c "import faster_coco_eval" 2> /dev/null; then \
+		$(BIN)python -m swconv bench downstream --device cuda --out reports/bench; \
+		else echo "Detection is not timed: faster-coco-eval is not installed."; fi
 
 ui: setup
 	$(BIN)python -m swconv ui

@@ -24,6 +24,8 @@ def bench(args: argparse.Namespace) -> None:
 
     more = {}
     if args.suite == "training":
+        more["rows"] = {}
+    if args.suite == "training" and args.device == "cpu":
         from swconv import params
 
         known = params.load(PARAMS)
@@ -513,7 +515,7 @@ _ARGUMENTS = {
     "--counts": {"required": True, "type": Path, "help": "what `count` wrote"},
     "--laid-out": {"action": "store_true", "help": "cut SLaK's strips into squares, for the model with laid_out=True"},
     "--sha256": {"help": "of the source; another one is refused"},
-    "suite": {"choices": ["data", "downstream", "operator", "throughput", "training"], "help": "what to measure"},
+    "suite": {"choices": ["compile", "data", "downstream", "operator", "throughput", "training"], "help": "what to measure"},
     "--device": {"choices": ["cpu", "cuda"], "default": "cpu"},
     "--quick": {"action": "store_true", "help": "tiny maps, a few rounds: only to see that it runs"},
     "--profile": {"required": True, "help": "scale: a file of params/profiles/"},

@@ -40,8 +40,8 @@ def two_step_taps(layer: ShiftwiseConv2d, x: Tensor) -> Three:
 
 def torch_strips(layer: ShiftwiseConv2d, x: Tensor) -> Three:
     """The strip form without our kernels."""
-    anchor = layer.kernel_size // 2
-    return strip_branches_ref(x, *assemble_ref(sum(layer.filters), layer.mixing), anchor, anchor)
+    anchor, kernels = layer.kernel_size // 2, assemble_ref(sum(layer.filters), layer.mixing)
+    return strip_branches_ref(x, *(kernel.to(x.dtype) for kernel in kernels), anchor, anchor)
 
 
 def reference(layer: ShiftwiseConv2d, x: Tensor) -> Three:
@@ -53,13 +53,13 @@ def _maps(layer: ShiftwiseConv2d, x: Tensor) -> Tensor:
     return F.conv2d(x, sum(layer.filters), padding=layer.halo + layer.small_kernel // 2, groups=x.shape[1])
 
 
-def sums(cuda: bool) -> dict[str, Sums]:
-    """All forms of the operator, ours first."""
+def sums(cuda: bool, precision: str = "float32") -> dict[str, Sums]:
+    """All forms of the operator, ours first. The two-step forms are those of float32, as published."""
     forms = {"ours": ShiftwiseConv2d.branches, "two_step": two_step, "two_step_gather": two_step_gather,
              "two_step_taps": two_step_taps, "torch_strips": torch_strips}
     if not cuda:                                                      # there the published form gathers already
         del forms["two_step_gather"]
-    return forms
+    return {name: form for name, form in forms.items() if precision == "float32" or not name.startswith("two_step")}
 
 
 # ---- layers and what they are compared with
@@ -100,20 +100,24 @@ def folded(layer: ShiftwiseConv2d) -> ShiftwiseConv2d:
     return layer
 
 
-def deployed(layer: ShiftwiseConv2d, cuda: bool) -> dict[str, Callable[[Tensor], Tensor]]:
+def deployed(layer: ShiftwiseConv2d, cuda: bool, precision: str = "float32") -> dict[str, Callable[[Tensor], Tensor]]:
     """The layer in evaluation, in all forms: sums, norms and skip, x -> y."""
     single, merged, anchor = folded(layer), copy.deepcopy(layer), layer.kernel_size // 2
     merged.reparameterize()
+    if precision == "bfloat16":
+        merged.bfloat16()
     kernels = merged.kernel_h, merged.kernel_v, merged.kernel_c
 
     def plain(x: Tensor) -> Tensor:
         return sum(strip_branches_ref(x, *kernels, anchor, anchor)) + merged.bias[:, None, None]
 
     by_strips = {"ours": lambda x: strip_mix(x, *kernels, merged.bias, anchor, anchor), "torch_strips": plain}
-    return {name: by_strips.get(name, partial(whole, form, single)) for name, form in sums(cuda).items()}
+    return {name: by_strips.get(name, partial(whole, form, single)) for name, form in sums(cuda, precision).items()}
 
 
-def peers(stage: Stage, device: torch.device) -> dict[str, tuple[dict[str, Callable[[Tensor], Tensor]], list[Tensor]]]:
+def peers(
+    stage: Stage, device: torch.device, dtype: torch.dtype = torch.float32
+) -> dict[str, tuple[dict[str, Callable[[Tensor], Tensor]], list[Tensor]]]:
     """Convolutions of the same size that other networks use: name -> ({way: function of x}, weights).
 
     Two ways, because padding inside a convolution can leave the library's fast path, and padding before it costs a copy.
@@ -122,7 +126,8 @@ def peers(stage: Stage, device: torch.device) -> dict[str, tuple[dict[str, Calla
     sides = {"depthwise13": [(13, 13)], "depthwise7": [(7, 7)], "slak_pair": [(5, stage.extent), (stage.extent, 5)]}
     known = {}
     for name, shapes in sides.items():
-        weights = [torch.randn(stage.channels, 1, *shape, generator=generator).to(device).requires_grad_() for shape in shapes]
+        weights = [torch.randn(stage.channels, 1, *shape, generator=generator).to(device, dtype).requires_grad_()
+                   for shape in shapes]
         known[name] = {"padding inside": partial(inside, weights), "padding before": partial(before, weights)}, weights
     return known
 
@@ -215,6 +220,25 @@ def replaced(model: nn.Module, kind: type[nn.Module], make: Callable[[Any], nn.M
 def two_step_network(model: nn.Module, form: Sums) -> nn.Module:
     """The network with its mixers in the two-step form."""
     return replaced(model, ShiftwiseConv2d, partial(TwoStepMixer, form=form))
+
+
+def training_form(model: nn.Module, form: str) -> nn.Module:
+    """The network with its SW layers in one of two forms for training, changed in place; both are the same function.
+
+    Parameters
+    ----------
+    form : {"ours", "two_step"}
+        Strips; or as published, maps of all filters, shifted and added, in the filters' dtype also under autocast.
+    """
+    def published(layer: ShiftwiseConv2d, x: Tensor) -> Three:
+        with torch.autocast(x.device.type, enabled=False):
+            return two_step(layer, x.to(layer.filters[0].dtype))
+
+    if form == "two_step":
+        for layer in model.modules():
+            if isinstance(layer, ShiftwiseConv2d):
+                layer.branches = partial(published, layer)
+    return model
 
 
 def padded_before(model: nn.Module) -> nn.Module:

@@ -16,20 +16,21 @@ import torch
 from torch import Tensor, nn
 
 from swconv import atomic
-from swconv.bench import forms, page, work
+from swconv.bench import forms, page, timing, work
 from swconv.bench.circumstances import check_ready, circumstances, device_name
-from swconv.bench.timing import Contender, Pace, Progress, ceilings, compare, training_memory
+from swconv.bench.timing import DTYPES, FEW, Contender, Pace, Progress, Turn, compare, in_precision
 from swconv.bench.work import Stage
 from swconv.ops import ShiftwiseConv2d
 from swconv.training.memory import keep_freed_memory
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-TOLERANCE = {"operator": 1e-5, "network": 1e-4}                       # relative errors in float32
+TOLERANCE = {"operator": {"float32": 1e-5, "tf32": 2e-3, "bfloat16": 1e-2},     # relative errors
+             "network": {"float32": 1e-4, "bfloat16": 5e-2}}
 COUNTS = ((1, 1), (2, 1), (4, 1), (1, 2), (1, 4))                     # edges E and Rep branches
 SW_TINY = (Stage(1, 56, 60, 51, 3, 2), Stage(2, 28, 122, 49, 3, 4), Stage(3, 14, 246, 47, 18, 8), Stage(4, 7, 492, 13, 3, 16))
 Pool = Sequence[tuple[Tensor, ...]]                                   # of x and the gradients of h, v and i
 Pools = Mapping[str, Pool]                                            # by memory format
-Steps = Mapping[str, Mapping[str, tuple[str, Callable[[Pool], Callable]]]]     # by contender and variant
+Steps = Mapping[str, Mapping[str, tuple[str, Callable[..., Any]]]]     # by contender and variant: format, and what of a set
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,8 @@ class Plan:
     ----------
     threads : tuple of int
         Numbers of threads, the last for the ratios.
+    precisions, deciding : tuple of str
+        "float32", strictly, "tf32", "bfloat16" (`timing.in_precision`); and those in which E, Rep and the network are measured.
     pool : int
         Bytes of inputs and gradients that the calls take in turn, more than the caches hold.
     network : mapping
@@ -54,6 +57,8 @@ class Plan:
 
     stages: tuple[Stage, ...]
     threads: tuple[int, ...]
+    precisions: tuple[str, ...]
+    deciding: tuple[str, ...]
     pool: int
     network: Mapping[str, Any]
     image: int
@@ -67,12 +72,14 @@ class Plan:
 
 
 CPU = Plan(
-    stages=SW_TINY, threads=(1, 2), pool=2**27, network={}, image=224, batches=(1, 8), product=2048, copied=2**28,
+    stages=SW_TINY, threads=(1, 2), precisions=("float32",), deciding=("float32",), pool=2**27, network={}, image=224,
+    batches=(1, 8), product=2048, copied=2**28,
     forward=Pace(10, 9), training=Pace(25, 7, probes=2), counts=Pace(8, 15), whole=Pace(30, 7, probes=2),
 )
 CUDA = replace(
-    CPU, stages=tuple(replace(stage, batch=128) for stage in SW_TINY), threads=(1,), pool=2**30, batches=(1, 8, 128),
-    product=8192, copied=2**30, forward=Pace(5, 50), training=Pace(8, 50), counts=Pace(5, 50), whole=Pace(8, 50),
+    CPU, stages=tuple(replace(stage, batch=128) for stage in SW_TINY), threads=(1,), precisions=("float32", "tf32", "bfloat16"),
+    deciding=("float32", "bfloat16"), pool=2**30, batches=(1, 8, 128), product=8192, copied=2**30,
+    forward=Pace(0.7, 9, probes=2), training=Pace(1, 5, probes=1), counts=Pace(0.5, 9, probes=2), whole=Pace(1, 5, probes=2),
 )
 TINY = (Stage(1, 9, 6, 11, 2, 2), Stage(2, 5, 8, 5, 1, 3))
 BLINK = Pace(0.0, 2, 0.0, probes=1)
@@ -107,119 +114,160 @@ def run(out: Path, device: str = "cpu", quick: bool = False) -> tuple[Path, Path
 
 
 def measure(plan: Plan, device: torch.device) -> dict[str, Any]:
-    """All that the report tells: circumstances, ceilings, `errors`, `times` (rows of `timing.compare`) and `memory`."""
+    """All that the report tells: circumstances, ceilings, `errors`, `times` (`timing.compare`'s rows), `memory`, `launches`."""
     cuda, start = device.type == "cuda", time.perf_counter()
     keep_freed_memory()
-    bar = Progress(1 + 4 * len(plan.stages) + 1 + len(plan.batches))
-    errors, times, memory = [], [], []
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=False):
+    each = 3 * len(plan.precisions) + len(plan.deciding)
+    bar = Progress(1 + each * len(plan.stages) + len(plan.deciding) * (1 + len(plan.batches)))
+    errors, times, memory, launches = [], [], [], []
+    with in_precision("float32"):
         told = circumstances("operator", device, "swconv.bench.operator", plan=asdict(plan), tolerance=TOLERANCE)
-        bar.step("what the machine can do")
-        tops = ceilings(plan.threads, plan.product, plan.copied, 4, device)
-        for stage in plan.stages:
+    bar.step("what the machine can do")
+    tops = timing.ceilings(plan.threads, plan.product, plan.copied, 4, device, plan.precisions)
+    for stage, name in itertools.product(plan.stages, plan.precisions):
+        title = f"stage {stage.number}, {name}"
+        with in_precision(name):
             layer = forms.make_layer(stage, device)
-            pools = {name: _inputs(stage, layout, plan.pool, device) for name, layout in FORMATS.items()}
-            bar.step(f"stage {stage.number}: all forms against float64")
-            errors += _verified(stage, layer, pools)
-            bar.step(f"stage {stage.number}: forward")
-            times += compare(_forward(stage, layer, pools), plan.threads, plan.forward, cuda)
-            bar.step(f"stage {stage.number}: forward + backward")
-            steps, contenders = _training(stage, layer, pools)
-            rows = compare(contenders, plan.threads, plan.training, cuda)
+            pools = {layout: _inputs(stage, layout, plan.pool, device, DTYPES[name]) for layout in FORMATS}
+            bar.step(f"{title}: all forms against float64")
+            errors += _verified(stage, name, layer, pools) + _verified_peers(stage, name, pools)
+            bar.step(f"{title}: forward")
+            times += compare(_forward(stage, name, layer, pools), plan.threads, plan.forward, cuda, graphs=True)
+            bar.step(f"{title}: forward + backward")
+            steps, contenders = _training(stage, name, layer, pools)
+            rows = compare(contenders, plan.threads, plan.training, cuda, graphs=True)
             times += rows
-            memory += _memory(stage, rows, steps, pools)
-            bar.step(f"stage {stage.number}: edges and Rep branches")
-            more, contenders = _counts(stage, pools, device)
+            memory += _memory(stage, name, rows, steps, pools)
+            if name in plan.deciding:
+                bar.step(f"{title}: edges and Rep branches")
+                more, contenders = _counts(stage, name, pools, device)
+                errors += more
+                times += compare(contenders, plan.threads[-1:], plan.counts, cuda, graphs=True)
+            launches += _launches(stage, name, layer, pools) if cuda else []
+            del pools, steps, contenders                              # before the next are made
+    for name in plan.deciding:
+        with in_precision(name):
+            bar.step(f"network against float64, {name}")
+            networks, more = _networks(plan, name, device)
             errors += more
-            times += compare(contenders, plan.threads[-1:], plan.counts, cuda)
-        bar.step("network against float64")
-        networks, more = _networks(plan, device)
-        errors += more
-        for batch in plan.batches:
-            bar.step(f"network, batch {batch}")
-            times += compare(_whole(plan, networks, batch, device), plan.threads[-1:], plan.whole, cuda)
-        bar.close()
+            for batch in plan.batches:
+                bar.step(f"network, batch {batch}, {name}")
+                contenders = _whole(plan, name, networks, batch, device)
+                times += compare(contenders, plan.threads[-1:], plan.whole, cuda)
+                if cuda and batch == plan.batches[0]:
+                    rows = compare(contenders, plan.threads[-1:], plan.whole, cuda, graphs=True)
+                    times += rows if all(row["launched"] == "graph" for row in rows) else []
+    bar.close()
     return told | {"seconds": round(time.perf_counter() - start, 1), "ceilings": tops, "errors": errors, "times": times,
-                   "memory": memory}
+                   "memory": memory, "launches": launches}
 
 
 # ---- inputs and calls
 
 
-def _inputs(stage: Stage, layout: torch.memory_format, room: int, device: torch.device) -> Pool:
-    """Copies of x, which requires gradients, and of the gradients of h, v and i, to be used in turn."""
-    generator = torch.Generator().manual_seed(stage.number)
+def _inputs(stage: Stage, layout: str, room: int, device: torch.device, dtype: torch.dtype) -> Pool:
+    """Copies of x, which requires gradients, and of the gradients of h, v and i, to be used in turn; as many in any dtype."""
+    generator = torch.Generator(device).manual_seed(stage.number)
     shape = (stage.batch, stage.channels, stage.side, stage.side)
-    first = [torch.randn(shape, generator=generator).to(device) for _ in range(4)]
+    first = [torch.randn(shape, generator=generator, device=device) for _ in range(4)]
     count = max(2, math.ceil(room / (4 * first[0].nbytes)))
-    sets = [tuple(tensor.clone(memory_format=layout) for tensor in first) for _ in range(count)]
+    first = [tensor.to(dtype, memory_format=FORMATS[layout]) for tensor in first]
+    sets = [[tensor.clone() for tensor in first] for _ in range(count)]
     return [(x.requires_grad_(), *gradients) for x, *gradients in sets]
 
 
-def _forward_call(function: Callable[[Tensor], Tensor], pool: Pool) -> Callable[[], Tensor]:
-    turn = itertools.cycle(pool)
-
-    def call() -> Tensor:
-        with torch.no_grad():
-            return function(next(turn)[0])
-
-    return call
+def _forward_of(function: Callable[[Tensor], Tensor], x: Tensor, *gradients: Tensor) -> Tensor:
+    with torch.no_grad():
+        return function(x)
 
 
-def _training_call(
-    function: Callable[[Tensor], Any], weights: Sequence[Tensor], pool: Pool
-) -> Callable[[], tuple[Tensor, ...]]:
+def _training_of(
+    function: Callable[[Tensor], Any], weights: Sequence[Tensor], x: Tensor, *gradients: Tensor
+) -> tuple[Tensor, ...]:
     """Forward, then the gradients of x and the weights."""
-    turn = itertools.cycle(pool)
-
-    def call() -> tuple[Tensor, ...]:
-        x, *gradients = next(turn)
-        out = function(x)
-        outputs = out if isinstance(out, tuple) else (out,)
-        return torch.autograd.grad(outputs, [x, *weights], gradients[: len(outputs)])
-
-    return call
+    out = function(x)
+    outputs = out if isinstance(out, tuple) else (out,)
+    return torch.autograd.grad(outputs, [x, *weights], gradients[: len(outputs)])
 
 
 # ---- correctness
 
 
 def _verified(
-    stage: Stage, layer: ShiftwiseConv2d, pools: Pools, only: Sequence[str] = (), **labels: int
+    stage: Stage, precision: str, layer: ShiftwiseConv2d, pools: Pools, only: Sequence[str] = (), **labels: int
 ) -> list[dict[str, Any]]:
-    """Relative errors of what every form (or only some) gives, in every memory format; an error too large stops all."""
-    cuda, found = layer.pick.is_cuda, []
-    wanted, functions = _wanted(layer, *next(iter(pools.values()))[0]), forms.deployed(layer, cuda)
+    """Relative errors of what every form (or only some) gives, in every memory format; an error too large stops all.
+
+    The whole batch goes through the form, and a few of its images, the first and the last, through the definition; gradients
+    of the results are zero for the rest.
+    """
+    cuda, found, some = layer.pick.is_cuda, [], _some(stage.batch)
+    functions, sums = forms.deployed(layer, cuda, precision), forms.sums(cuda, precision)
+    (x, *gradients), *_ = next(iter(pools.values()))
+    wanted = _wanted(layer, *(tensor.detach()[some].double() for tensor in (x, *gradients)))
     for name in only or functions:
-        for variant, (inputs, *_) in pools.items():
-            x, *gradients = inputs
-            sums = forms.sums(cuda)[name](layer, x)
-            got = {"output": (_forward_call(functions[name], [inputs])(),), "sums": sums,
-                   "gradients": torch.autograd.grad(sums, [x, *layer.filters], gradients)}
-            for what in wanted:
-                error = max(_error(a, b) for a, b in zip(got[what], wanted[what], strict=True))
-                _require(error, TOLERANCE["operator"], f"{what} of the form {name!r} in stage {stage.number} ({variant})")
-                told = {"stage": stage.number, "contender": name, "variant": variant, "of": what, "error": error}
-                found.append(told | labels)
+        for variant, ((x, *gradients), *_) in pools.items():
+            parts = sums[name](layer, x)
+            into, *weights = torch.autograd.grad(parts, [x, *layer.filters], [_only(some, g) for g in gradients])
+            got = {"output": (_forward_of(functions[name], x)[some],), "sums": [part[some] for part in parts],
+                   "gradients": (into[some], *weights)}
+            told = {"stage": stage.number, "precision": precision, "contender": name, "variant": variant} | labels
+            found += _errors(got, wanted, told)
     return found
 
 
-def _wanted(layer: ShiftwiseConv2d, x: Tensor, *gradients: Tensor) -> dict[str, tuple[Tensor, ...]]:
-    """The same in float64 by the definition, some images at a time."""
+def _verified_peers(stage: Stage, precision: str, pools: Pools) -> list[dict[str, Any]]:
+    """The same of the convolutions of other networks."""
+    found, some = [], _some(stage.batch)
+    (x, gradient, *_), *_ = next(iter(pools.values()))
+    for name, (ways, weights) in forms.peers(stage, x.device, x.dtype).items():
+        exact = [weight.detach().double().requires_grad_() for weight in weights]
+        few = x.detach()[some].double().requires_grad_()
+        out = forms.inside(exact, few)
+        wanted = {"output": (out,), "gradients": torch.autograd.grad(out, [few, *exact], gradient[some].double())}
+        for way, function in ways.items():
+            for layout, ((x, gradient, *_), *_) in pools.items():
+                into, *others = _training_of(function, weights, x, _only(some, gradient))
+                got = {"output": (_forward_of(function, x)[some],), "gradients": (into[some], *others)}
+                told = {"stage": stage.number, "precision": precision, "contender": name, "variant": _variant(layout, way)}
+                found += _errors(got, wanted, told)
+    return found
+
+
+def _some(batch: int) -> list[int]:
+    """Half of a few images at the beginning of the batch, half at its end; in a small batch all."""
+    return [i for i in range(batch) if min(i, batch - 1 - i) < FEW // 2]
+
+
+def _only(some: Sequence[int], gradient: Tensor) -> Tensor:
+    """The gradient with zeros for all images but some."""
+    kept = torch.zeros_like(gradient)
+    kept[some] = gradient[some]
+    return kept
+
+
+def _wanted(layer: ShiftwiseConv2d, x: Tensor, *gradients: Tensor) -> dict[str, Sequence[Tensor]]:
+    """By the definition, in float64."""
     layer = copy.deepcopy(layer).double()
-    pieces = []
-    for some, *upstream in zip(*(tensor.detach().double().split(8) for tensor in (x, *gradients)), strict=True):
-        parts = forms.reference(layer, some.requires_grad_())
-        into, *weights = torch.autograd.grad(parts, [some, *layer.filters], upstream)
-        with torch.no_grad():
-            pieces.append((forms.mixed(layer, parts, some), [part.detach() for part in parts], into, weights))
-    outputs, parts, into, weights = zip(*pieces, strict=True)
-    return {"output": (torch.cat(outputs),), "sums": tuple(map(torch.cat, zip(*parts, strict=True))),
-            "gradients": (torch.cat(into), *map(sum, zip(*weights, strict=True)))}
+    parts = forms.reference(layer, x.requires_grad_())
+    into, *weights = torch.autograd.grad(parts, [x, *layer.filters], gradients, retain_graph=True)
+    return {"output": (forms.mixed(layer, parts, x),), "sums": parts, "gradients": (into, *weights)}
+
+
+def _errors(
+    got: Mapping[str, Sequence[Tensor]], wanted: Mapping[str, Sequence[Tensor]], told: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    allowed, found = TOLERANCE["operator"][told["precision"]], []
+    for what in wanted:
+        error = max(_error(a, b) for a, b in zip(got[what], wanted[what], strict=True))
+        _require(error, allowed, f"{what} of the form {told['contender']!r} in stage {told['stage']} ({told['variant']}, "
+                                 f"{told['precision']})")
+        found.append({**told, "of": what, "error": error})
+    return found
 
 
 def _error(got: Tensor, wanted: Tensor) -> float:
-    return float((got.detach().double() - wanted).norm() / wanted.norm())
+    return float((got.detach().double() - wanted.detach()).norm() / wanted.detach().norm())
 
 
 def _require(error: float, allowed: float, what: str) -> None:
@@ -233,94 +281,115 @@ def _require(error: float, allowed: float, what: str) -> None:
 # ---- the comparisons
 
 
-def _forward(stage: Stage, layer: ShiftwiseConv2d, pools: Pools) -> list[Contender]:
-    cuda, plus = layer.pick.is_cuda, frozenset().union(*work.shiftwise(stage))
-    known = {name: ({"": function}, work.forward(stage, plus)) for name, function in forms.deployed(layer, cuda).items()}
-    for name, (ways, _) in forms.peers(stage, layer.pick.device).items():
-        known[name] = ways, work.forward(stage, work.peers(stage)[name])
+def _forward(stage: Stage, precision: str, layer: ShiftwiseConv2d, pools: Pools) -> list[Contender]:
+    cuda, plus, size = layer.pick.is_cuda, frozenset().union(*work.shiftwise(stage)), DTYPES[precision].itemsize
+    known = {name: ({"": function}, work.forward(stage, plus, size))
+             for name, function in forms.deployed(layer, cuda, precision).items()}
+    for name, (ways, _) in forms.peers(stage, layer.pick.device, DTYPES[precision]).items():
+        known[name] = ways, work.forward(stage, work.peers(stage)[name], size)
     return [
-        Contender({"cell": "forward", "stage": stage.number, "contender": name} | least,
-                  {_variant(layout, way): _forward_call(function, pool)
+        Contender({"cell": "forward", "stage": stage.number, "precision": precision, "contender": name} | least,
+                  {_variant(layout, way): Turn(partial(_forward_of, function), pool)
                    for way, function in ways.items() for layout, pool in pools.items()})
         for name, (ways, least) in known.items()
     ]
 
 
-def _training(stage: Stage, layer: ShiftwiseConv2d, pools: Pools) -> tuple[Steps, list[Contender]]:
-    """Training steps by contender and variant, each a function of the inputs; and the contenders."""
+def _training(stage: Stage, precision: str, layer: ShiftwiseConv2d, pools: Pools) -> tuple[Steps, list[Contender]]:
+    """Training steps by contender and variant, each a function of a set of inputs; and the contenders."""
     known: dict[str, tuple[dict[str, Callable], Sequence[Tensor], dict[str, int | None]]] = {}
-    least, learner = work.training(stage, *work.shiftwise(stage)), copy.deepcopy(layer).train()
-    for name, form in forms.sums(layer.pick.is_cuda).items():
-        known[name] = {"": partial(form, layer)}, list(layer.filters), least
+    size, learner = DTYPES[precision].itemsize, copy.deepcopy(layer).train()
+    for name, form in forms.sums(layer.pick.is_cuda, precision).items():
+        known[name] = {"": partial(form, layer)}, list(layer.filters), work.training(stage, *work.shiftwise(stage), size=size)
         if name in ("ours", "two_step"):                              # with norms and skip, too
             ways, nothing = {"": partial(forms.whole, form, learner)}, {"macs": None, "bytes": None}
             known[f"{name}_layer"] = ways, list(learner.parameters()), nothing
-    for name, (ways, weights) in forms.peers(stage, layer.pick.device).items():
-        known[name] = ways, weights, work.training(stage, work.peers(stage)[name])
-    steps = {name: {_variant(layout, way): (layout, partial(_training_call, function, weights))
+    for name, (ways, weights) in forms.peers(stage, layer.pick.device, DTYPES[precision]).items():
+        known[name] = ways, weights, work.training(stage, work.peers(stage)[name], size=size)
+    steps = {name: {_variant(layout, way): (layout, partial(_training_of, function, weights))
                     for way, function in ways.items() for layout in pools}
              for name, (ways, weights, _) in known.items()}
     contenders = [
-        Contender({"cell": "training", "stage": stage.number, "contender": name} | known[name][2],
-                  {variant: step(pools[layout]) for variant, (layout, step) in variants.items()})
+        Contender({"cell": "training", "stage": stage.number, "precision": precision, "contender": name} | known[name][2],
+                  {variant: Turn(step, pools[layout]) for variant, (layout, step) in variants.items()})
         for name, variants in steps.items()
     ]
     return steps, contenders
 
 
-def _memory(stage: Stage, rows: Iterable[Mapping[str, Any]], steps: Steps, pools: Pools) -> list[dict[str, Any]]:
+def _memory(
+    stage: Stage, precision: str, rows: Iterable[Mapping[str, Any]], steps: Steps, pools: Pools
+) -> list[dict[str, Any]]:
     """Of one training step of every contender in the variant that was timed, in bytes; `map` is the size of x."""
     found = []
     for name, variant in {row["contender"]: row["variant"] for row in rows}.items():
         layout, step = steps[name][variant]
         inputs = pools[layout][0]
-        found.append({"stage": stage.number, "contender": name, "variant": variant, "map": inputs[0].nbytes}
-                     | training_memory(step([inputs]), inputs[0]))
+        told = {"stage": stage.number, "precision": precision, "contender": name, "variant": variant, "map": inputs[0].nbytes}
+        found.append(told | timing.training_memory(partial(step, *inputs), inputs[0]))
     return found
 
 
-def _counts(stage: Stage, pools: Pools, device: torch.device) -> tuple[list[dict[str, Any]], list[Contender]]:
+def _counts(
+    stage: Stage, precision: str, pools: Pools, device: torch.device
+) -> tuple[list[dict[str, Any]], list[Contender]]:
     """Ours with several E and Rep, in evaluation and in training, verified on one image."""
     errors, contenders = [], []
+    one = {layout: [(x[:1].detach().requires_grad_(), *(g[:1] for g in gradients))]
+           for layout, ((x, *gradients), *_) in pools.items()}
     for edges, rep in COUNTS:
         layer, labels = forms.make_layer(stage, device, edges, rep), {"edges": edges, "rep": rep}
-        one = {layout: [(pool[0][0][:1].detach().requires_grad_(), *(g[:1] for g in pool[0][1:]))]
-               for layout, pool in pools.items()}
-        errors += _verified(stage, layer, one, only=("ours",), **labels)
-        function = forms.deployed(layer, device.type == "cuda")["ours"]
-        calls = {"forward": partial(_forward_call, function),
-                 "training": partial(_training_call, layer.branches, list(layer.filters))}
+        errors += _verified(replace(stage, batch=1), precision, layer, one, only=("ours",), **labels)
+        function = forms.deployed(layer, device.type == "cuda", precision)["ours"]
+        calls = {"forward": partial(_forward_of, function),
+                 "training": partial(_training_of, layer.branches, list(layer.filters))}
         contenders += [
-            Contender({"cell": "counts", "stage": stage.number, "mode": mode} | labels,
-                      {layout: call(pool) for layout, pool in pools.items()})
+            Contender({"cell": "counts", "stage": stage.number, "precision": precision, "mode": mode} | labels,
+                      {layout: Turn(call, pool) for layout, pool in pools.items()})
             for mode, call in calls.items()
         ]
     return errors, contenders
 
 
+def _launches(stage: Stage, precision: str, layer: ShiftwiseConv2d, pools: Pools) -> list[dict[str, Any]]:
+    """What the CPU takes for one eager call of ours, and of one convolution of torch, for an image; no graph spares that."""
+    x, found = pools["contiguous"][0][0][:1].detach(), []
+    ways, _ = forms.peers(stage, x.device, x.dtype)["depthwise7"]
+    calls = {"ours": forms.deployed(layer, True, precision)["ours"], "depthwise7": ways["padding inside"]}
+    for name, function in calls.items():
+        call = partial(_forward_of, function, x)
+        found.append({"stage": stage.number, "precision": precision, "contender": name,
+                      "median_us": 1e6 * timing.launch_seconds(call, 100, 11)})
+    return found
+
+
 # ---- whole networks
 
 
-def _networks(plan: Plan, device: torch.device) -> tuple[dict[str, nn.Module], list[dict[str, Any]]]:
-    """SW-tiny merged, and with its mixers in the two-step forms, each held against float64."""
-    model, cuda = forms.make_network(device, **plan.network), device.type == "cuda"
+def _networks(plan: Plan, precision: str, device: torch.device) -> tuple[dict[str, nn.Module], list[dict[str, Any]]]:
+    """SW-tiny merged and, in float32, with its mixers in the two-step forms, each held against float64."""
+    model, cuda, allowed = forms.make_network(device, **plan.network), device.type == "cuda", TOLERANCE["network"][precision]
     networks = {"ours": timm.utils.reparameterize_model(model)}
-    networks |= {name: forms.two_step_network(model, form) for name, form in forms.sums(cuda).items() if "two_step" in name}
+    networks |= {name: forms.two_step_network(model, form)
+                 for name, form in forms.sums(cuda, precision).items() if "two_step" in name}
     image, errors = _images(plan, 1, device), []
     with torch.no_grad():
         wanted = forms.two_step_network(model, forms.reference).double()(image.double())
         for name, network in networks.items():
-            error = _error(network(image), wanted)
-            _require(error, TOLERANCE["network"], f"output of SW-tiny in the form {name!r}")
-            errors.append({"contender": name, "of": "network", "error": error})
+            error = _error(network.to(DTYPES[precision])(image.to(DTYPES[precision])), wanted)
+            _require(error, allowed, f"output of SW-tiny in the form {name!r} in {precision}")
+            errors.append({"contender": name, "precision": precision, "of": "network", "error": error})
     return networks, errors
 
 
-def _whole(plan: Plan, networks: Mapping[str, nn.Module], batch: int, device: torch.device) -> list[Contender]:
-    images = _images(plan, batch, device)
+def _whole(
+    plan: Plan, precision: str, networks: Mapping[str, nn.Module], batch: int, device: torch.device
+) -> list[Contender]:
+    images = _images(plan, batch, device).to(DTYPES[precision])
     return [
-        Contender({"cell": "network", "batch": batch, "contender": name},
-                  {variant: _forward_call(copy.deepcopy(network).to(memory_format=layout), [(images.to(memory_format=layout),)])
+        Contender({"cell": "network", "batch": batch, "precision": precision, "contender": name},
+                  {variant: Turn(partial(_forward_of, copy.deepcopy(network).to(memory_format=layout)),
+                                 [(images.to(memory_format=layout),)])
                    for variant, layout in FORMATS.items()})
         for name, network in networks.items()
     ]

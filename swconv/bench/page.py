@@ -17,6 +17,7 @@ NAMES = {
     "two_step_layer": "(a) with norms and skip",
 }
 MODES = {"forward": "forward", "training": "forward + backward"}
+PRECISIONS = {"float32": "float32", "tf32": "TF32", "bfloat16": "bfloat16"}
 
 
 class Figures:
@@ -25,11 +26,12 @@ class Figures:
     def __init__(self, record: Mapping[str, Any]) -> None:
         self.record, self.threads = record, record["plan"]["threads"]
         self.stages = {stage["number"]: stage for stage in record["plan"]["stages"]}
-        self.tops = {top["threads"]: top for top in record["ceilings"]}
+        self.tops = {(top["threads"], top["precision"]): top for top in record["ceilings"]}
+        self.precisions, self.deciding = record["plan"]["precisions"], record["plan"]["deciding"]
 
     def rows(self, **labels: Any) -> list[dict[str, Any]]:
-        """Rows with these labels, with as many threads as the ratios are for unless they say otherwise."""
-        labels = {"threads": self.threads[-1]} | labels
+        """Rows with these labels; with as many threads as the ratios are for, and in float32, unless they say otherwise."""
+        labels = {"threads": self.threads[-1], "precision": "float32"} | labels
         return [row for row in self.record["times"] if all(row.get(name) == value for name, value in labels.items())]
 
     def row(self, **labels: Any) -> dict[str, Any]:
@@ -46,16 +48,19 @@ class Figures:
 
     def floor(self, row: Mapping[str, Any]) -> float:
         """Least ms per image: the larger of the multiplications and the bytes that have to be, at the machine's ceilings."""
-        top = self.tops[row["threads"]]
+        top = self.tops[row["threads"], row["precision"]]
         return 1e3 * max(2 * row["macs"] / top["flop_per_s"], row["bytes"] / top["bytes_per_s"])
 
     def above_floor(self, row: Mapping[str, Any]) -> float | None:
         return None if row["macs"] is None else self.per_image(row) / self.floor(row)
 
-    # what the targets are about
+    # what the targets are about. The two-step forms are float32 only, other rivals run in the precision of ours.
 
-    def gain(self, cell: str, rival: str) -> float:
-        return self.summed(cell=cell, contender=rival) / self.summed(cell=cell, contender="ours")
+    def _time(self, name: str, precision: str, **labels: Any) -> float:
+        return self.summed(contender=name, precision="float32" if name.startswith("two_step") else precision, **labels)
+
+    def gain(self, cell: str, rival: str, precision: str = "float32") -> float:
+        return self._time(rival, precision, cell=cell) / self._time("ours", precision, cell=cell)
 
     def least_gain(self, cell: str, rival: str, last: int) -> float:
         """Of the stages up to the last."""
@@ -63,17 +68,22 @@ class Figures:
                    / self.row(cell=cell, contender="ours", stage=number)["median_ms"]
                    for number in self.stages if number <= last)
 
-    def cost(self, mode: str, **count: int) -> float:
-        one = {"edges": 1, "rep": 1}
-        return self.summed(cell="counts", mode=mode, **one | count) / self.summed(cell="counts", mode=mode, **one)
+    def share_of_floor(self, number: int, precision: str) -> float:
+        return 1 / self.above_floor(self.row(cell="forward", contender="ours", stage=number, precision=precision))
+
+    def cost(self, mode: str, precision: str = "float32", **count: int) -> float:
+        one, labels = {"edges": 1, "rep": 1}, {"cell": "counts", "mode": mode, "precision": precision}
+        return self.summed(**labels, **one | count) / self.summed(**labels, **one)
 
     def speedup(self, cell: str) -> float:
         one, many = (self.summed(cell=cell, contender="ours", threads=n) for n in (self.threads[0], self.threads[-1]))
         return one / many
 
-    def network_gain(self, batch: int, rival: str = "two_step") -> float:
-        return (self.row(cell="network", batch=batch, contender=rival)["median_ms"]
-                / self.row(cell="network", batch=batch, contender="ours")["median_ms"])
+    def network_gain(self, batch: int, rival: str = "two_step", precision: str = "float32", launched: str = "eager") -> float:
+        labels = {"cell": "network", "batch": batch, "launched": launched}
+        theirs = "float32" if rival.startswith("two_step") else precision
+        return (self.row(contender=rival, precision=theirs, **labels)["median_ms"]
+                / self.row(contender="ours", precision=precision, **labels)["median_ms"])
 
     def further_maps(self) -> float:
         """Most memory of ours in training beyond what any form must have: three sums and one gradient, in maps like x."""
@@ -82,16 +92,23 @@ class Figures:
     def kept_maps(self) -> float:
         return max(m["saved_maps"] / m["map"] for m in self.record["memory"] if m["contender"] == "ours")
 
+    def launch(self, name: str, precision: str) -> float:
+        """Microseconds of the CPU for an eager call, mean over the stages."""
+        found = [row["median_us"] for row in self.record["launches"]
+                 if (row["contender"], row["precision"]) == (name, precision)]
+        return sum(found) / len(found)
+
 
 @dataclass(frozen=True)
 class Target:
-    """A number to reach: at least `must`, or at most where `most` is set; `aim` is what to hope for."""
+    """A number to reach: at least `must`, or at most where `most` is set; `aim` is what to hope for. Of one stage or of all."""
 
     text: str
     value: Callable[[Figures], float]
     must: float
     aim: float | None = None
     most: bool = False
+    stage: int | None = None
 
     def verdict(self, value: float) -> str:
         def met(bound: float) -> bool:
@@ -102,11 +119,14 @@ class Target:
         return "reached, and the aim" if self.aim is not None and met(self.aim) else "reached"
 
 
-ALWAYS = (
-    Target("forward + backward: time with E = 4 / E = 1", lambda f: f.cost("training", edges=4), 1.02, most=True),
-    Target("forward + backward: time with Rep = 4 / Rep = 1", lambda f: f.cost("training", rep=4), 1.02, most=True),
-    Target("forward: time with E = 4 / E = 1", lambda f: f.cost("forward", edges=4), 1.02, most=True),
-    Target("forward: time with Rep = 4 / Rep = 1", lambda f: f.cost("forward", rep=4), 1.02, most=True),
+def _counts_targets(precision: str, title: str = "") -> tuple[Target, ...]:
+    return tuple(
+        Target(f"{MODES[mode]}{title}: time with {name} = 4 / {name} = 1",
+               lambda f, mode=mode, label=label: f.cost(mode, precision, **{label: 4}), 1.02, most=True)
+        for mode in ("training", "forward") for name, label in (("E", "edges"), ("Rep", "rep")))
+
+
+MEMORY_TARGETS = (
     Target("training: maps kept for the backward pass besides x", Figures.kept_maps, 0, most=True),
     Target("training: memory beyond x, three sums and one gradient, in maps like x", Figures.further_maps, 1, most=True),
 )
@@ -118,18 +138,31 @@ TARGETS = {
         Target("forward: (e) SLaK's pair / ours, least of stages 1-3",
                lambda f: f.least_gain("forward", "slak_pair", 3), 2.5),
         Target("forward + backward: (a) / ours", lambda f: f.gain("training", "two_step"), 15, 40),
-        *ALWAYS,
+        *_counts_targets("float32"), *MEMORY_TARGETS,
         Target("forward: time with one thread / two", lambda f: f.speedup("forward"), 1.7),
         Target("forward + backward: time with one thread / two", lambda f: f.speedup("training"), 1.7),
         Target("SW-tiny, batch {first}: two-step / merged", lambda f: f.network_gain(f.record["plan"]["batches"][0]), 1.7),
         Target("SW-tiny, batch {last}: two-step / merged", lambda f: f.network_gain(f.record["plan"]["batches"][-1]), 1.7),
     ),
     "cuda": (
-        Target("forward: (a) two-step as published / ours", lambda f: f.gain("forward", "two_step"), 20, 50),
-        Target("forward: (e) SLaK's pair / ours", lambda f: f.gain("forward", "slak_pair"), 5, 15),
-        Target("forward + backward: (a) / ours", lambda f: f.gain("training", "two_step"), 25, 60),
-        *ALWAYS,
-        Target("SW-tiny, batch {last}: two-step / merged", lambda f: f.network_gain(f.record["plan"]["batches"][-1]), 3, 4.5),
+        Target("forward, float32: (a) two-step as published / ours", lambda f: f.gain("forward", "two_step"), 20, 50),
+        Target("forward: (a) in float32 / ours in bfloat16", lambda f: f.gain("forward", "two_step", "bfloat16"), 60, 200),
+        *(Target(f"forward, bfloat16, stage {number}: floor / ours",
+                 lambda f, number=number: f.share_of_floor(number, "bfloat16"), must, aim, stage=number)
+          for number, must, aim in ((1, 0.45, 0.8), (2, 0.55, 0.85), (3, 0.55, 0.85), (4, 0.5, 0.75))),
+        Target("forward, float32: (e) SLaK's pair / ours", lambda f: f.gain("forward", "slak_pair"), 5, 15),
+        Target("forward, bfloat16: (e) / ours", lambda f: f.gain("forward", "slak_pair", "bfloat16"), 10, 40),
+        Target("forward + backward, float32: (a) / ours", lambda f: f.gain("training", "two_step"), 25, 60),
+        Target("forward + backward: (a) in float32 / ours in bfloat16",
+               lambda f: f.gain("training", "two_step", "bfloat16"), 25, 120),
+        *_counts_targets("float32", ", float32"), *_counts_targets("bfloat16", ", bfloat16"), *MEMORY_TARGETS,
+        Target("SW-tiny, batch {last}, float32: two-step / merged",
+               lambda f: f.network_gain(f.record["plan"]["batches"][-1]), 3, 4.5),
+        Target("SW-tiny, batch {last}: two-step in float32 / merged in bfloat16",
+               lambda f: f.network_gain(f.record["plan"]["batches"][-1], precision="bfloat16"), 6, 12),
+        *(Target(f"CPU's time for an eager call of ours, {precision}, us",
+                 lambda f, precision=precision: f.launch("ours", precision), 12, 6, most=True)
+          for precision in ("float32", "bfloat16")),
     ),
 }
 
@@ -138,8 +171,8 @@ def render(record: Mapping[str, Any]) -> str:
     """The page of `operator.measure`'s record."""
     figures = Figures(record)
     parts = [_head(record), _targets(figures), _sum(figures), *(_stage(figures, number) for number in figures.stages),
-             _memory(figures), _counts(figures), _network(figures), _method(record)]
-    return "\n\n".join(parts) + "\n"
+             _memory(figures), _counts(figures), _network(figures), _launches(figures), _method(record)]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _head(record: Mapping[str, Any]) -> str:
@@ -147,15 +180,17 @@ def _head(record: Mapping[str, Any]) -> str:
     where = hardware["gpu"] if record["device"] == "cuda" else f"{hardware['cores']} cores of {hardware['cpu']}"
     trial = "**A trial on tiny maps, to see that the benchmark runs; its numbers say nothing.**\n\n" if record["quick"] else ""
     state = {True: ", with changes that are not committed", False: "", None: ""}[record["git_dirty"]]
+    several, side = len({top["threads"] for top in record["ceilings"]}) > 1, record["plan"]["product"]
     tops = "; ".join(
-        (f"{_threads(top['threads'])}: " if len(record["ceilings"]) > 1 else "")
-        + f"{top['flop_per_s'] / 1e9:.0f} GFLOP/s (float32 product of side {record['plan']['product']}), "
+        (f"{_threads(top['threads'])}: " if several else "")
+        + f"{top['flop_per_s'] / 1e9:.0f} GFLOP/s ({PRECISIONS[top['precision']]} product of side {side}), "
         f"{top['bytes_per_s'] / 1e9:.1f} GB/s (copy, read and written)" for top in record["ceilings"])
+    precisions = ", ".join(PRECISIONS[name] for name in record["plan"]["precisions"])
     return (
         f"# The SW operator on {where}\n\n{trial}"
-        f"Made by `python -m swconv bench operator --device {record['device']}`, in float32, at {record['started']}, in "
-        f"{record['seconds']:.0f} s; commit {record['git_commit'] or 'unknown'}{state}. Engine of ours: {record['engine']}. "
-        f"Load before: {record['load_before']}.\n\n"
+        f"Made by `python -m swconv bench operator --device {record['device']}`, in {precisions}, at {record['started']}, in "
+        f"{record['seconds']:.0f} s; commit {record['git_commit'] or 'unknown'}{state}. Engine of ours in float32: "
+        f"{record['engine']}. Load before: {record['load_before']}.\n\n"
         f"Versions: {_listed(versions)}. Flags: {_listed(flags)}.\n\n"
         f"Ceilings of this machine, measured in the same run: {tops}."
     )
@@ -164,6 +199,8 @@ def _head(record: Mapping[str, Any]) -> str:
 def _targets(figures: Figures) -> str:
     rows, (first, *_, last) = [], figures.record["plan"]["batches"]
     for target in TARGETS[figures.record["device"]]:
+        if target.stage is not None and target.stage not in figures.stages:
+            continue                                                  # of a trial
         value, sign = target.value(figures), "<=" if target.most else ">="
         aim = "" if target.aim is None else f"{sign} {target.aim:g}"
         rows.append([target.text.format(first=first, last=last), f"{sign} {target.must:g}", aim, _number(value, 3),
@@ -175,13 +212,13 @@ def _sum(figures: Figures) -> str:
     blocks = sum(stage["blocks"] for stage in figures.stages.values())
     parts, few = [f"## Summed over the {blocks} blocks of the network, per image"], figures.threads[:-1]
     for cell, title in MODES.items():
-        ours, rows = figures.summed(cell=cell, contender="ours"), []
-        for name in _contenders(figures, cell):
-            time = figures.summed(cell=cell, contender=name)
-            known = all(row["macs"] is not None for row in figures.rows(cell=cell, contender=name))
-            floor = _number(time / figures.summed(figures.floor, cell=cell, contender=name)) if known else ""
-            slower = [figures.summed(cell=cell, contender=name, threads=n) for n in few]
-            rows.append([NAMES[name], _number(time), _number(time / ours), floor,
+        rows = []
+        for name, labels, text in _contenders(figures, cell):
+            time, ours = (figures.summed(contender=some, **labels) for some in (name, "ours"))
+            known = all(row["macs"] is not None for row in figures.rows(contender=name, **labels))
+            floor = _number(time / figures.summed(figures.floor, contender=name, **labels)) if known else ""
+            slower = [figures.summed(contender=name, threads=n, **labels) for n in few]
+            rows.append([text, _number(time), _number(time / ours), floor,
                          *(text for ms in slower for text in (_number(ms), _number(ms / time)))])
         more = [text for n in few for text in (f"ms, {_threads(n)}", "speed-up")]
         parts.append(_table([title, "ms", "/ ours", "/ floor", *more], rows))
@@ -193,22 +230,26 @@ def _stage(figures: Figures, number: int) -> str:
     parts = [f"## Stage {number}: {stage['channels']} channels of {stage['side']}x{stage['side']}, M = {stage['extent']}, "
              f"N = {stage['small']}, {stage['blocks']} blocks, batch {stage['batch']}"]
     for cell, title in MODES.items():
-        ours = figures.row(cell=cell, stage=number, contender="ours")
         rows = []
-        for name in _contenders(figures, cell):
-            row = figures.row(cell=cell, stage=number, contender=name)
+        for name, labels, text in _contenders(figures, cell):
+            row, ours = (figures.row(stage=number, contender=some, **labels) for some in (name, "ours"))
             floor = figures.above_floor(row)
-            rows.append([NAMES[name], _spread(figures, row), _number(row["median_ms"] / ours["median_ms"]),
-                         "" if floor is None else _number(floor), row["variant"], row["rounds"]])
+            rows.append([text, _spread(figures, row), _number(row["median_ms"] / ours["median_ms"]),
+                         "" if floor is None else _number(floor), _ran_as(figures, row), row["rounds"]])
         parts.append(_table([title, "ms per image (quartiles)", "/ ours", "/ floor", "format", "rounds"], rows))
     return "\n\n".join(parts)
 
 
+def _ran_as(figures: Figures, row: Mapping[str, Any]) -> str:
+    called = figures.record["device"] == "cuda" and row["launched"] == "eager"
+    return row["variant"] + (", no CUDA graph" if called else "")
+
+
 def _memory(figures: Figures) -> str:
-    names = list(dict.fromkeys(row["contender"] for row in figures.record["memory"]))
-    found = {(row["contender"], row["stage"]): row for row in figures.record["memory"]}
-    rows = [[NAMES[name], *(f"{_number(row['peak'] / row['map'])}; {_number(row['saved'] / row['map'])}"
-                            for row in (found[name, number] for number in figures.stages))] for name in names]
+    found = {(row["contender"], row["precision"], row["stage"]): row for row in figures.record["memory"]}
+    rows = [[_named(figures, name, precision), *(f"{_number(row['peak'] / row['map'])}; {_number(row['saved'] / row['map'])}"
+                                                 for row in (found[name, precision, number] for number in figures.stages))]
+            for name, precision in dict.fromkeys(key[:2] for key in found)]
     return ("## Memory of a training step, in maps of the size of x\n\n"
             "First the peak beyond what lives before the step, outputs and gradients included; then what the forward pass "
             "keeps for the backward pass, x and kernels included. Scratch room inside oneDNN is not seen.\n\n"
@@ -216,44 +257,67 @@ def _memory(figures: Figures) -> str:
 
 
 def _counts(figures: Figures) -> str:
-    pairs = list(dict.fromkeys((row["edges"], row["rep"]) for row in figures.rows(cell="counts")))
     rows = []
-    for edges, rep in pairs:
-        labels = {"edges": edges, "rep": rep}
-        rows.append([edges, rep, *(text for mode in MODES for text in (
-            _number(figures.summed(cell="counts", mode=mode, **labels)), _number(figures.cost(mode, **labels), 3)))])
+    for precision in figures.deciding:
+        for edges, rep in dict.fromkeys((row["edges"], row["rep"]) for row in figures.rows(cell="counts", precision=precision)):
+            labels = {"edges": edges, "rep": rep, "precision": precision}
+            rows.append([PRECISIONS[precision], edges, rep, *(text for mode in MODES for text in (
+                _number(figures.summed(cell="counts", mode=mode, **labels)), _number(figures.cost(mode, **labels), 3)))])
     return ("## Edges and Rep branches of ours, summed over the network, per image\n\n"
-            + _table(["E", "Rep", *(text for title in MODES.values() for text in (f"{title}, ms", "/ one and one"))], rows))
+            + _table(["", "E", "Rep", *(text for title in MODES.values() for text in (f"{title}, ms", "/ one and one"))], rows))
 
 
 def _network(figures: Figures) -> str:
     rows = []
     for batch in figures.record["plan"]["batches"]:
-        for row in figures.rows(cell="network", batch=batch):
-            gain = figures.network_gain(batch, row["contender"])
-            rows.append([batch, NAMES[row["contender"]], _spread(figures, row), _number(gain), row["variant"], row["rounds"]])
+        for launched, way in (("eager", ""), ("graph", ", as a CUDA graph")):
+            for precision in figures.deciding:
+                for row in figures.rows(cell="network", batch=batch, precision=precision, launched=launched):
+                    gain = figures.network_gain(batch, row["contender"], precision, launched)
+                    rows.append([f"{batch}{way}", _named(figures, row["contender"], precision), _spread(figures, row),
+                                 _number(gain), row["variant"], row["rounds"]])
     side = figures.record["plan"]["image"]
     return (f"## The whole network SW-tiny, images of {side}x{side}, evaluation\n\n"
             + _table(["batch", "mixers", "ms per image (quartiles)", "/ ours", "format", "rounds"], rows))
 
 
+def _launches(figures: Figures) -> str:
+    """On a GPU only: elsewhere a call and its work are one."""
+    found = figures.record["launches"]
+    rows = [[_named(figures, name, precision), *(_number(row["median_us"]) for row in found
+                                                 if (row["contender"], row["precision"]) == (name, precision))]
+            for name, precision in dict.fromkeys((row["contender"], row["precision"]) for row in found)]
+    head = ["forward, one image, eager", *(f"stage {number}" for number in figures.stages)]
+    return "## Microseconds of the CPU for a call, which a CUDA graph spares\n\n" + _table(head, rows) if found else ""
+
+
 def _method(record: Mapping[str, Any]) -> str:
-    worst = max((row for row in record["errors"] if row["of"] != "network"), key=lambda row: row["error"])
-    network = max(row["error"] for row in record["errors"] if row["of"] == "network")
-    plan = record["plan"]
+    plan, cuda, allowed = record["plan"], record["device"] == "cuda", record["tolerance"]
+    several = len(plan["precisions"]) > 1
+    told = []
+    for precision in plan["precisions"]:
+        rows = [row for row in record["errors"] if row["precision"] == precision]
+        worst = max((row for row in rows if row["of"] != "network"), key=lambda row: row["error"])
+        network = [f", of the networks' outputs {max(row['error'] for row in rows if row['of'] == 'network'):.1e} "
+                   f"({allowed['network'][precision]:.0e})"] if precision in plan["deciding"] else []
+        told.append(f"{worst['error']:.1e} (stage {worst['stage']}, {NAMES[worst['contender']].replace('*', '')}; "
+                    f"{allowed['operator'][precision]:.0e} would have stopped the run)" + "".join(network)
+                    + (f" in {PRECISIONS[precision]}" if several else ""))
     ratios = f" Ratios are for {_threads(plan['threads'][-1])}." if len(plan["threads"]) > 1 else ""
+    graphs = ("\n\nThe operator was timed as CUDA graphs, each with a call for every set of inputs: launches by the CPU, which "
+              "would hide the kernels, are told apart. Of several formats those that took more than twice as long as another "
+              "on a few images were left out. (a) and (b) are float32 in every comparison, as published; ratios in a row of "
+              "another precision are to ours in that precision.") if cuda else ""
     return f"""## What was measured
 
-Before any timing every form of the operator was held against its definition in float64. The largest relative error of outputs,
-sums and gradients was {worst['error']:.1e} (stage {worst['stage']}, {NAMES[worst['contender']].replace('*', '')}), of the
-networks' outputs {network:.1e}; {record['tolerance']['operator']:.0e} and {record['tolerance']['network']:.0e} would have
-stopped the run. The convolutions of (d) and (e) are torch's own.
+Before any timing every form was held against its definition in float64, on a few images at both ends of the batch. The largest
+relative error of outputs, sums and gradients was {'; '.join(told)}. The convolutions of (d) and (e) are torch's own.
 
 In every round each contender ran once, in an order drawn anew, short calls several times; times are medians over the rounds.
 Memory that was freed stays with the process, as in training (swconv/training/memory.py).
-Inputs and gradients were taken in turn from {plan['pool'] / 2**20:g} MiB per memory format. Each contender ran in the memory
-format, contiguous or channels_last, that was faster in a first probe; (d) and (e) also with the padding, inside the convolution
-or before it, that was.{ratios}
+Inputs and gradients were taken in turn from {plan['pool'] / 2**20:g} MiB (of float32) per memory format. Each contender ran in
+the memory format, contiguous or channels_last, that was faster in a first probe; (d) and (e) also with the padding, inside the
+convolution or before it, that was.{ratios}{graphs}
 
 Forward is what inference does: from x to the sum of three norms and the skip. Ours and (c) have norms and skip in their
 kernels; (a) and (b) have their Rep branches summed, convolve with every filter, shift, add, and apply the norms.
@@ -267,8 +331,15 @@ that it has to read and write once, at that of the copy. All forms of the operat
 kernel, in training that of its three parts."""
 
 
-def _contenders(figures: Figures, cell: str) -> list[str]:
-    return [name for name in NAMES if figures.rows(cell=cell, contender=name)]
+def _contenders(figures: Figures, cell: str) -> list[tuple[str, dict[str, str], str]]:
+    """Of a cell: name, labels and title of everything that was timed, by precision."""
+    return [(name, {"cell": cell, "precision": precision}, _named(figures, name, precision))
+            for precision in figures.precisions for name in NAMES
+            if figures.rows(cell=cell, contender=name, precision=precision)]
+
+
+def _named(figures: Figures, name: str, precision: str) -> str:
+    return NAMES[name] + (f", {PRECISIONS[precision]}" if len(figures.precisions) > 1 else "")
 
 
 def _spread(figures: Figures, row: Mapping[str, Any]) -> str:

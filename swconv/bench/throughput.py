@@ -1,12 +1,10 @@
 """Images per second of whole networks, by the papers' protocol and a strict one: SW Table 7, SLaK Tables 11, 12, Figure 4."""
 
 import copy
-import itertools
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,12 +16,14 @@ from torch import Tensor, nn
 from swconv import atomic
 from swconv.bench import forms
 from swconv.bench.circumstances import check_ready, circumstances, device_name
-from swconv.bench.timing import Contender, Pace, Progress, compare, seconds_per_call
+from swconv.bench.timing import DTYPES, Contender, Pace, Progress, Turn, compare, in_precision, seconds_per_call
 from swconv.ops import strip_mix
 from swconv.training.memory import keep_freed_memory
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 ERRORS = {"float32": 1e-3, "tf32": 3e-2, "bfloat16": 1e-1}            # between forms and variants of one network, relative
+
+STRICT, HALF, ALL = ("float32",), ("float32", "bfloat16"), ("float32", "bfloat16", "tf32")
 
 log = logging.getLogger(__name__)
 
@@ -40,14 +40,17 @@ class Entry:
         timm's name, and what differs from its defaults.
     form : str
         See `forms.whole_network`.
+    precisions : tuple of str
+        In which it is measured, as far as the plan has them. The two-step form is float32 only, as published.
     compiled : bool
-        Whether torch.compile takes part on a CPU, where it needs a minute a network.
+        Whether torch.compile takes part, which takes half a minute a network.
     """
 
     group: str
     model: str
     form: str = "merged"
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    precisions: tuple[str, ...] = STRICT
     compiled: bool = False
 
     @property
@@ -55,25 +58,24 @@ class Entry:
         return {"group": self.group, "model": self.model, "form": self.form, "arguments": dict(self.arguments)}
 
 
-def _shiftwise(group: str, model: str) -> list[Entry]:
+def _shiftwise(group: str, model: str, precisions: tuple[str, ...], compiled: bool) -> list[Entry]:
     """SW as published and on our operator, with N = 3 (the paper's) and 5 (what its script times), one Rep branch."""
-    return [Entry(group, model, form, {"small_kernel": small, "rep_branches": 1}, compiled=form == "merged" and small == 3)
-            for small in (3, 5) for form in ("two_step", "merged")]
-
-
-def _slak(group: str, model: str) -> list[Entry]:
-    return [Entry(group, model, form, compiled=form == "merged") for form in ("plain", "square", "merged")]
+    three, five = ({"small_kernel": small, "rep_branches": 1} for small in (3, 5))
+    return [Entry(group, model, "two_step", three), Entry(group, model, "merged", three, precisions, compiled),
+            Entry(group, model, "two_step", five), Entry(group, model, "merged", five, STRICT if group == "small" else HALF)]
 
 
 ENTRIES = (
-    *_shiftwise("tiny", "sw_tiny"),
-    *_slak("tiny", "slak_tiny"),
-    Entry("tiny", "unireplknet_tiny", compiled=True),
-    Entry("tiny", "convnext_tiny", "as_is", compiled=True),
-    Entry("tiny", "swin_tiny_patch4_window7_224", "as_is", compiled=True),
-    *_shiftwise("small", "sw_small"),
-    *_slak("small", "slak_small"),
-    Entry("small", "unireplknet_small"),
+    *_shiftwise("tiny", "sw_tiny", ALL, compiled=True),
+    Entry("tiny", "slak_tiny", "plain", precisions=ALL),
+    Entry("tiny", "slak_tiny", "square"),
+    Entry("tiny", "slak_tiny", "merged", precisions=ALL, compiled=True),
+    Entry("tiny", "unireplknet_tiny", precisions=ALL, compiled=True),
+    Entry("tiny", "convnext_tiny", "as_is", precisions=ALL, compiled=True),
+    Entry("tiny", "swin_tiny_patch4_window7_224", "as_is", precisions=ALL, compiled=True),
+    *_shiftwise("small", "sw_small", HALF, compiled=False),
+    *(Entry("small", "slak_small", form) for form in ("plain", "square", "merged")),
+    Entry("small", "unireplknet_small", precisions=HALF),
     # the edges that the released script scans, with its N = 5
     *(Entry("edges", "sw_tiny", form, {"small_kernel": 5, "rep_branches": 1, "edges": edges})
       for edges in (1, 2, 3, 4) for form in ("two_step", "merged")),
@@ -92,43 +94,50 @@ class Plan:
     entries : tuple of Entry
     precisions : tuple of str
         "float32", strictly; "tf32"; "bfloat16".
+    compiled : tuple of str
+        Those with torch.compile.
     batches : mapping of str to int
-        Images per call of each group.
+        Images per call of each group; its order is theirs.
     image : int
         Side in pixels.
     warmups, one_by_one, at_once : int
         The papers' protocol: forwards before, forwards each timed by itself, forwards timed together.
-    strict : Pace
-        Of one group by the strict protocol.
+    cap : mapping of str to float
+        Seconds that this may last for a network of a group; what takes longer gets fewer forwards.
+    strict : mapping of str to Pace
+        Of each group by the strict protocol, and of the "layer".
     pool : int
         Bytes of images that the strict protocol takes in turn.
-    compile_all : bool
-        torch.compile for all entries, not only for those that ask for it.
     layer : tuple of int
         SLaK Figure 4 (right): batch, channels, and the sides of the maps.
     """
 
     entries: tuple[Entry, ...]
     precisions: tuple[str, ...]
+    compiled: tuple[str, ...]
     batches: Mapping[str, int]
     image: int
     warmups: int
     one_by_one: int
     at_once: int
-    strict: Pace
+    cap: Mapping[str, float]
+    strict: Mapping[str, Pace]
     pool: int
-    compile_all: bool
     layer: tuple[int, int, tuple[int, ...]]
 
 
 CPU = Plan(
-    entries=ENTRIES, precisions=("float32",), batches={"tiny": 4, "small": 2, "edges": 4, "base": 1}, image=224,
-    warmups=1, one_by_one=2, at_once=2, strict=Pace(0, 5, 0, probes=1), pool=2**26, compile_all=False,
-    layer=(1, 384, (16, 32, 64)),
+    entries=ENTRIES, precisions=STRICT, compiled=STRICT, batches={"tiny": 4, "small": 2, "edges": 4, "base": 1}, image=224,
+    warmups=1, one_by_one=2, at_once=2, cap={}, strict=dict.fromkeys(("tiny", "small", "edges", "base", "layer"),
+                                                                     Pace(0, 5, 0, probes=1)),
+    pool=2**26, layer=(1, 384, (16, 32, 64)),
 )
 CUDA = replace(
-    CPU, precisions=("float32", "tf32", "bfloat16"), batches=dict.fromkeys(CPU.batches, 128), warmups=10, one_by_one=100,
-    at_once=25, strict=Pace(2, 10, 0, probes=2), pool=2**28, compile_all=True, layer=(64, 384, (16, 32, 64, 128)),
+    CPU, precisions=ALL, compiled=HALF, batches={"tiny": 128, "small": 128, "edges": 128, "base": 32}, warmups=10,
+    one_by_one=100, at_once=25, cap={"tiny": 1.0, "small": 0.6, "edges": 0.6, "base": 0.6},
+    strict={"tiny": Pace(1, 5, 0, probes=1), "small": Pace(0, 3, 0, probes=1), "edges": Pace(0, 5, 0, probes=1),
+            "base": Pace(0, 3, 0, probes=1), "layer": Pace(0, 3, 0, probes=1)},
+    pool=2**28, layer=(64, 384, (16, 32, 64, 128)),
 )
 _LITTLE = {"depths": (1, 1), "dims": (8, 16), "kernel_sizes": (11, 7)}
 QUICK = (
@@ -145,7 +154,8 @@ def plan_for(device: torch.device, quick: bool) -> Plan:
     if not quick:
         return plan
     return replace(plan, entries=QUICK, batches={"tiny": 2}, image=64, warmups=1, one_by_one=1, at_once=1,
-                   strict=Pace(0, 2, 0, probes=1), pool=2**16, compile_all=False, layer=(1, 4, (8, 16)))
+                   strict=dict.fromkeys(("tiny", "layer"), Pace(0, 2, 0, probes=1)), pool=2**16, compiled=(),
+                   layer=(1, 4, (8, 16)))
 
 
 def run(out: Path, device: str = "cpu", quick: bool = False) -> Path:
@@ -154,87 +164,96 @@ def run(out: Path, device: str = "cpu", quick: bool = False) -> Path:
     Raises
     ------
     RuntimeError
-        When the device or the compiled operators are missing, or two forms of one network differ; nothing is written.
+        When the device or the compiled operators are missing, or two forms of one network differ. What was measured before
+        that stays written, and names what is `unfinished`.
     """
     where = torch.device(device)
     check_ready(where, "throughput")
-    found = measure(plan_for(where, quick), where) | {"quick": quick}
-    path = out / f"throughput-{device_name(found)}.json"
-    atomic.write_json(path, found)
+    for found in measure(plan_for(where, quick), where):
+        found |= {"quick": quick}
+        path = out / f"throughput-{device_name(found)}.json"
+        atomic.write_json(path, found)
     log.info("wrote %s", path)
     return path
 
 
-def measure(plan: Plan, device: torch.device) -> dict[str, Any]:
-    """All that the reports tell: circumstances, and `times` by both protocols, of networks and of single layers."""
+def measure(plan: Plan, device: torch.device) -> Iterator[dict[str, Any]]:
+    """All that the reports tell, as far as it goes, after each part.
+
+    That is circumstances, `times` by both protocols, of networks and of single layers, and the parts that are `unfinished`.
+    """
     cuda, start, rows = device.type == "cuda", time.perf_counter(), []
     keep_freed_memory()
-    groups = list(dict.fromkeys(entry.group for entry in plan.entries))
-    bar = Progress(len(plan.precisions) * (len(plan.entries) + len(groups)) + len(plan.layer[2]))
+    first, *others = [group for group in plan.batches if any(entry.group == group for entry in plan.entries)]
+    parts = [first, "layer", *others]
+    bar = Progress(sum(1 + len({*entry.precisions} & {*plan.precisions}) for entry in plan.entries) + len(plan.layer[2]))
     told = circumstances("throughput", device, "swconv.bench.throughput", plan=asdict(plan), tf32={})
-    for precision in plan.precisions:
-        with _precision(precision):
+    for number, part in enumerate(parts, start=1):
+        for precision, found in (_layers(plan, device, bar) if part == "layer" else _group(plan, part, device, bar)):
             told["tf32"][precision] = {"products": torch.backends.cuda.matmul.allow_tf32,
                                        "convolutions": torch.backends.cudnn.allow_tf32}
-            for group in groups:
-                entries = [entry for entry in plan.entries if entry.group == group]
-                networks = _networks(entries, plan, device, precision, bar)
-                images, contenders = _images(plan, plan.batches[group], device, precision), []
-                for entry, ways in networks:
-                    labels = {"precision": precision, "batch": plan.batches[group]} | entry.labels
-                    published = _as_the_papers(next(iter(ways.values())), images[0], plan, cuda)
-                    rows.append({"protocol": "papers"} | labels | published)
-                    variants = _variants(ways, images, plan.compile_all or entry.compiled)
-                    _check_equal(f"{entry.model}, {entry.form}", variants, ERRORS[precision])
-                    contenders.append(Contender({"protocol": "strict"} | labels, variants))
-                bar.step(f"{group}, {precision}: in turn")
-                rows += compare(contenders, (torch.get_num_threads(),), plan.strict, cuda)
-    with _precision("float32"):
-        for side in plan.layer[2]:
-            bar.step(f"one layer of {side}x{side}")
-            rows += _layer(plan, side, device, cuda)
+            rows += found
+            yield told | {"seconds": round(time.perf_counter() - start, 1), "times": rows, "unfinished": parts[number:]}
+        if cuda:
+            torch.cuda.empty_cache()
     bar.close()
-    return told | {"seconds": round(time.perf_counter() - start, 1), "times": rows}
 
 
-@contextmanager
-def _precision(name: str) -> Iterator[None]:
-    """TF32 for products and convolutions or not; cuDNN chooses its kernels by trying."""
-    tf32, before = name == "tf32", torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = tf32
-    try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=tf32):
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+def _group(plan: Plan, group: str, device: torch.device, bar: Progress) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Rows of the entries of a group, by precision; yielded within it."""
+    cuda, batch = device.type == "cuda", plan.batches[group]
+    entries = [entry for entry in plan.entries if entry.group == group]
+    with in_precision("float32"):
+        networks = _networks(entries, plan, device, bar)
+    for precision in plan.precisions:
+        rows, contenders = [], []
+        with in_precision(precision):
+            images = _images(plan, batch, device, precision)
+            for entry, ways in networks:
+                if precision not in entry.precisions:
+                    continue
+                bar.step(f"{group}, {precision}: {entry.model}, {entry.form}")
+                ways = {way: copy.deepcopy(network).to(DTYPES[precision]) for way, network in ways.items()}
+                labels = {"precision": precision, "batch": batch} | entry.labels
+                published = _as_the_papers(next(iter(ways.values())), images[0][0], plan, group, cuda)
+                rows.append({"protocol": "papers"} | labels | published)
+                variants = _variants(ways, images, entry.compiled and precision in plan.compiled)
+                _check_equal(f"{entry.model}, {entry.form}", variants, ERRORS[precision])
+                contenders.append(Contender({"protocol": "strict"} | labels, variants))
+            if contenders:
+                rows += compare(contenders, (torch.get_num_threads(),), plan.strict[group], cuda)
+                yield precision, rows
+        torch.compiler.reset()                                        # programs of this precision, among which every call looks
 
 
-def _images(plan: Plan, batch: int, device: torch.device, precision: str) -> list[Tensor]:
+def _images(plan: Plan, batch: int, device: torch.device, precision: str) -> list[tuple[Tensor]]:
     """Batches of normal noise, more than the caches hold."""
     generator, shape = torch.Generator().manual_seed(0), (batch, 3, plan.image, plan.image)
     count = max(2, math.ceil(plan.pool / (4 * math.prod(shape))))
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    return [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(count)]
+    return [(torch.randn(shape, generator=generator).to(device, DTYPES[precision]),) for _ in range(count)]
 
 
 def _networks(
-    entries: Sequence[Entry], plan: Plan, device: torch.device, precision: str, bar: Progress
+    entries: Sequence[Entry], plan: Plan, device: torch.device, bar: Progress
 ) -> list[tuple[Entry, dict[str, nn.Module]]]:
-    """Every entry's ways to run; those of one model and arguments are held against each other."""
+    """Every entry's ways to run, in float32; those of one model and arguments are held against each other."""
     made, first = [], {}
+    image = torch.randn(1, 3, plan.image, plan.image, generator=torch.Generator().manual_seed(1)).to(device)
     for entry in entries:
-        bar.step(f"{entry.group}: {entry.model}, {entry.form}")
-        ways = forms.whole_network(forms.make_network(device, entry.model, **entry.arguments), entry.form)
-        if precision == "float32":
-            image = torch.randn(1, 3, plan.image, plan.image, generator=torch.Generator().manual_seed(1)).to(device)
-            for way, network in ways.items():
-                with torch.no_grad():
-                    got = network(image)
-                wanted = first.setdefault((entry.model, repr(entry.arguments)), got)
-                _require(got, wanted, f"{entry.model}, {entry.form} {way}", ERRORS[precision])
-        dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-        made.append((entry, {way: network.to(dtype) for way, network in ways.items()}))
+        bar.step(f"{entry.group}: making {entry.model}, {entry.form}")
+        ways = network_of(entry, device)
+        for way, network in ways.items():
+            with torch.no_grad():
+                got = network(image)
+            wanted = first.setdefault((entry.model, repr(entry.arguments)), got)
+            _require(got, wanted, f"{entry.model}, {entry.form} {way}", ERRORS["float32"])
+        made.append((entry, ways))
     return made
+
+
+def network_of(entry: Entry, device: torch.device) -> dict[str, nn.Module]:
+    """An entry's ways to run, in float32."""
+    return forms.whole_network(forms.make_network(device, entry.model, **entry.arguments), entry.form)
 
 
 def _require(got: Tensor, wanted: Tensor, what: str, allowed: float) -> None:
@@ -245,38 +264,63 @@ def _require(got: Tensor, wanted: Tensor, what: str, allowed: float) -> None:
                            "stays wrong, make test tells where.")
 
 
-def _check_equal(what: str, variants: Mapping[str, Callable[[], Tensor]], allowed: float) -> None:
-    """All variants give the same for the first batch, which they take here."""
-    found = {name: call() for name, call in variants.items()}
+def _check_equal(what: str, variants: Mapping[str, Turn], allowed: float) -> None:
+    """All variants give the same for the first images."""
+    found = {name: (call.function(*call.pool[0]) if call.fixed else call.few()()) for name, call in variants.items()}
+    first = next(iter(found.values()))
     for name, got in found.items():
-        _require(got, next(iter(found.values())), f"{what} {name}", allowed)
+        _require(got[: len(first)], first, f"{what} {name}", allowed)
 
 
-def _as_the_papers(network: nn.Module, images: Tensor, plan: Plan, cuda: bool) -> dict[str, float]:
-    """Contiguous, eager, one batch over and over; the warm-up with gradients, as in the released script (ms per batch)."""
-    for _ in range(plan.warmups):
-        network(images)
+def _as_the_papers(network: nn.Module, images: Tensor, plan: Plan, group: str, cuda: bool) -> dict[str, float]:
+    """Contiguous, eager, one batch over and over (ms per batch), and how many forwards that were.
+
+    The released script warms up with gradients, which takes memory and changes nothing.
+    """
     with torch.no_grad():
-        single = [seconds_per_call(partial(network, images), 1, cuda) for _ in range(plan.one_by_one)]
-        together = seconds_per_call(partial(network, images), plan.at_once, cuda)
-    return {"one_by_one_ms": 1e3 * sum(single) / len(single), "at_once_ms": 1e3 * together}
+        warm = [seconds_per_call(partial(network, images), 1, cuda)]
+        while len(warm) < plan.warmups and sum(warm) < plan.cap.get(group, math.inf) / 4:
+            warm.append(seconds_per_call(partial(network, images), 1, cuda))
+        most = max(2, int(plan.cap.get(group, math.inf) / 4 / warm[-1])) if plan.cap else plan.one_by_one
+        single = [seconds_per_call(partial(network, images), 1, cuda) for _ in range(min(plan.one_by_one, most))]
+        count = min(plan.at_once, 2 * most)
+        together = seconds_per_call(partial(network, images), count, cuda)
+    return {"one_by_one_ms": 1e3 * sum(single) / len(single), "at_once_ms": 1e3 * together, "warmups": len(warm),
+            "one_by_one": len(single), "at_once": count}
 
 
-def _variants(ways: Mapping[str, nn.Module], images: Sequence[Tensor], compiled: bool) -> dict[str, Callable[[], Tensor]]:
+def _variants(ways: Mapping[str, nn.Module], images: Sequence[tuple[Tensor]], compiled: bool) -> dict[str, Turn]:
     """Every way in both memory formats, and compiled."""
     known = {}
     for way, network in ways.items():
         for name, layout in FORMATS.items():
             laid = copy.deepcopy(network).to(memory_format=layout)
-            pool = [image.to(memory_format=layout) for image in images]
+            pool = [(image.to(memory_format=layout),) for (image,) in images]
             variant = f"{name}, {way}" if way else name
-            known[variant] = _call(laid, pool)
+            known[variant] = Turn(partial(_inference, laid), pool)
             if compiled and name == "channels_last":
-                known[f"{variant}, compiled"] = _call(torch.compile(laid, dynamic=False), pool)
+                known[f"{variant}, compiled"] = compiled_turn(laid, pool)
     return known
 
 
-def _layer(plan: Plan, side: int, device: torch.device, cuda: bool) -> list[dict[str, Any]]:
+def compiled_turn(network: nn.Module, pool: Sequence[tuple[Tensor]]) -> Turn:
+    """A network by torch.compile, for batches of the pool's size."""
+    return Turn(partial(_inference, torch.compile(network, dynamic=False)), pool, fixed=True)
+
+
+def _inference(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return function(x)
+
+
+def _layers(plan: Plan, device: torch.device, bar: Progress) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    with in_precision("float32"):
+        for side in plan.layer[2]:
+            bar.step(f"one layer of {side}x{side}")
+            yield "float32", _layer(plan, side, device)
+
+
+def _layer(plan: Plan, side: int, device: torch.device) -> list[dict[str, Any]]:
     """SLaK Figure 4 (right): one depthwise layer, dense, masked, and as a pair of strips."""
     batch, channels, _ = plan.layer
     generator, shape = torch.Generator().manual_seed(side), (batch, channels, side, side)
@@ -294,19 +338,10 @@ def _layer(plan: Plan, side: int, device: torch.device, cuda: bool) -> list[dict
              "ours": {"": lambda x: strip_mix(x, across, along, nothing, None, 25, 25)}}
     contenders = []
     for name, functions in known.items():
-        calls = {(f"{layout}, {way}" if way else layout): _call(function, [x.to(memory_format=FORMATS[layout]) for x in pool])
+        calls = {(f"{layout}, {way}" if way else layout): Turn(partial(_inference, function),
+                                                               [(x.to(memory_format=FORMATS[layout]),) for x in pool])
                  for way, function in functions.items() for layout in FORMATS}
         _check_equal(f"the layer as {name}", calls, ERRORS["float32"])
         contenders.append(Contender({"protocol": "strict", "precision": "float32", "group": "layer", "form": name,
                                      "side": side, "batch": batch}, calls))
-    return compare(contenders, (torch.get_num_threads(),), plan.strict, cuda)
-
-
-def _call(function: Callable[[Tensor], Tensor], pool: Sequence[Tensor]) -> Callable[[], Tensor]:
-    turn = itertools.cycle(pool)
-
-    def call() -> Tensor:
-        with torch.inference_mode():
-            return function(next(turn))
-
-    return call
+    return compare(contenders, (torch.get_num_threads(),), plan.strict["layer"], device.type == "cuda", graphs=True)

@@ -1,14 +1,19 @@
-"""Interleaved timing and peak memory: in every round each contender runs once, so a disturbance meets all of them."""
+"""Interleaved timing and peak memory: in every round each contender runs once, so a disturbance meets all of them.
+
+On a GPU an operator can be timed as a CUDA graph, which launches its kernels without the CPU's work for a call.
+"""
 
 import gc
 import itertools
+import logging
 import math
 import os
 import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +22,12 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 Call = Callable[[], Any]
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}     # by precision
+FEW = 8                                  # images of the trial that leaves slow variants out
+SLOW = 2.0                               # times as long as the fastest variant
+LAUNCH = 5e-4                            # s; a trial that ends sooner says nothing of the kernels
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,29 @@ class Contender:
     variants: Mapping[str, Call]
 
 
+class Turn:
+    """A function of the sets of inputs of a pool, each call taking the next set, so that no cache holds them.
+
+    Parameters
+    ----------
+    function : callable
+        Of the tensors of a set; each has the images along its first dimension.
+    fixed : bool
+        It takes a whole batch only (torch.compile makes another program for another size).
+    """
+
+    def __init__(self, function: Callable[..., Any], pool: Sequence[tuple[Tensor, ...]], fixed: bool = False) -> None:
+        self.function, self.pool, self.fixed, self._turn = function, pool, fixed, itertools.cycle(pool)
+
+    def __call__(self) -> Any:
+        return self.function(*next(self._turn))
+
+    def few(self) -> Call:
+        """The same for some images of the first set."""
+        some = [tensor[:FEW].detach().requires_grad_(tensor.requires_grad) for tensor in self.pool[0]]
+        return lambda: self.function(*some)
+
+
 @dataclass(frozen=True)
 class Pace:
     """How long a comparison lasts: until both `seconds` and `rounds` are over. Calls shorter than `sample` are repeated."""
@@ -45,23 +79,56 @@ class Pace:
     probes: int = 3
 
 
-def compare(contenders: Sequence[Contender], threads: Sequence[int], pace: Pace, cuda: bool) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class _Way:
+    """A variant made ready: `run` makes `calls` calls of it."""
+
+    run: Call
+    calls: int = 1
+    launched: str = "eager"
+
+
+@contextmanager
+def in_precision(name: str) -> Iterator[None]:
+    """TF32 for products and convolutions or not; cuDNN chooses its kernels by trying."""
+    tf32, before = name == "tf32", torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=tf32):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def compare(
+    contenders: Sequence[Contender], threads: Sequence[int], pace: Pace, cuda: bool, graphs: bool = False
+) -> list[dict[str, Any]]:
     """Time all contenders in turn, with each number of threads.
+
+    Parameters
+    ----------
+    graphs : bool
+        On a GPU, time every `Turn` as a CUDA graph of its calls for all sets of its pool; what cannot be captured is called.
 
     Returns
     -------
     list of dict
-        One row per contender and number of threads: its labels, the variant chosen and the `probe_ms` of all, and median
-        and quartiles over the rounds, in ms per call.
+        One row per contender and number of threads: its labels, the variant chosen, the `probe_ms` of all and those
+        `left_out` because they were slow on a few images, how it was `launched` ("eager" or "graph"), and median and
+        quartiles over the rounds, in ms per call.
     """
     before, order = torch.get_num_threads(), random.Random(0)
     gc.collect()
     gc.disable()
     try:
         torch.set_num_threads(max(threads))
-        probes = [_probe(contender.variants, pace.probes, cuda) for contender in contenders]
+        memory = torch.cuda.graph_pool_handle() if cuda and graphs else None
+        ways = [_ready(contender.variants, cuda, memory) for contender in contenders]
+        probes = [_probe(known, pace.probes, cuda) for known in ways]
         chosen = [min(probe, key=probe.get) for probe in probes]
-        calls = [max(1, math.ceil(pace.sample / probe[name])) for probe, name in zip(probes, chosen, strict=True)]
+        ways = [known[name] for known, name in zip(ways, chosen, strict=True)]
+        runs = [max(1, math.ceil(pace.sample / (probe[name] * way.calls)))
+                for probe, name, way in zip(probes, chosen, ways, strict=True)]
         samples = {(n, c): [] for n in threads for c in range(len(contenders))}
         start = time.perf_counter()
         for done in itertools.count():
@@ -70,15 +137,16 @@ def compare(contenders: Sequence[Contender], threads: Sequence[int], pace: Pace,
             for n in threads:
                 if n != torch.get_num_threads():
                     torch.set_num_threads(n)
-                    contenders[0].variants[chosen[0]]()               # the pool of threads is made anew
+                    ways[0].run()                                     # the pool of threads is made anew
                 for c in order.sample(range(len(contenders)), len(contenders)):
-                    samples[n, c].append(seconds_per_call(contenders[c].variants[chosen[c]], calls[c], cuda))
+                    samples[n, c].append(seconds_per_call(ways[c].run, runs[c], cuda) / ways[c].calls)
     finally:
         gc.enable()
         torch.set_num_threads(before)
     return [
         {**contenders[c].labels, "variant": chosen[c], "probe_ms": {name: 1e3 * s for name, s in probes[c].items()},
-         "threads": n, **_summary(found), "rounds": len(found), "calls_per_sample": calls[c]}
+         "left_out": [name for name in contenders[c].variants if name not in probes[c]], "launched": ways[c].launched,
+         "threads": n, **_summary(found), "rounds": len(found), "calls_per_sample": runs[c] * ways[c].calls}
         for (n, c), found in samples.items()
     ]
 
@@ -99,8 +167,22 @@ def seconds_per_call(call: Call, calls: int, cuda: bool) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def ceilings(threads: Sequence[int], side: int, copied: int, repeats: int, device: torch.device) -> list[dict[str, Any]]:
-    """What the machine can do: the best of several large float32 products, and of several copies that no cache holds.
+def launch_seconds(call: Call, calls: int, repeats: int) -> float:
+    """Seconds that the CPU takes for a call on a GPU that has little to do: the median of several rows of calls."""
+    found = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        found.append((time.perf_counter() - start) / calls)
+    return statistics.median(found)
+
+
+def ceilings(
+    threads: Sequence[int], side: int, copied: int, repeats: int, device: torch.device, precisions: Sequence[str] = ("float32",)
+) -> list[dict[str, Any]]:
+    """What the machine can do: the best of several large products, and of several copies that no cache holds.
 
     Parameters
     ----------
@@ -108,16 +190,25 @@ def ceilings(threads: Sequence[int], side: int, copied: int, repeats: int, devic
         Of the square matrices.
     copied : int
         Bytes; they are read and written.
+    precisions : sequence of str
+        Of the products.
     """
-    matrix = torch.randn(side, side, generator=torch.Generator().manual_seed(0)).to(device)
+    first = torch.randn(side, side, generator=torch.Generator().manual_seed(0)).to(device)
     source = torch.zeros(copied // 4, device=device)
-    target, before, found = torch.empty_like(source), torch.get_num_threads(), []
+    target, before, found, cuda = torch.empty_like(source), torch.get_num_threads(), [], device.type == "cuda"
+
+    def best(call: Call) -> float:
+        return min(seconds_per_call(call, 1, cuda) for _ in range(repeats + 1))
+
     try:
         for n in threads:
             torch.set_num_threads(n)
-            best = [min(seconds_per_call(call, 1, device.type == "cuda") for _ in range(repeats + 1))
-                    for call in (lambda: matrix @ matrix, lambda: target.copy_(source))]
-            found.append({"threads": n, "flop_per_s": 2 * side**3 / best[0], "bytes_per_s": 2 * source.nbytes / best[1]})
+            bytes_per_s = 2 * source.nbytes / best(lambda: target.copy_(source))
+            for name in precisions:
+                with in_precision(name):
+                    matrix = first.to(DTYPES[name])
+                    found.append({"threads": n, "precision": name, "bytes_per_s": bytes_per_s,
+                                  "flop_per_s": 2 * side**3 / best(lambda matrix=matrix: matrix @ matrix)})
     finally:
         torch.set_num_threads(before)
     return found
@@ -153,7 +244,7 @@ def training_memory(step: Call, x: Tensor) -> dict[str, int]:
     maps = {place for place, tensor in kept.items() if place != own and tensor.dim() == 4 and len(tensor) == len(x)}
     saved, saved_maps = sum(sizes.values()), sum(sizes[place] for place in maps)
     kept.clear()
-    return {"peak": _peak(step, x.is_cuda), "saved": saved, "saved_maps": saved_maps}
+    return {"peak": peak(step, x.is_cuda), "saved": saved, "saved_maps": saved_maps}
 
 
 class Progress:
@@ -179,14 +270,52 @@ class Progress:
             sys.stderr.write("\n")
 
 
-def _probe(variants: Mapping[str, Call], probes: int, cuda: bool) -> dict[str, float]:
-    """Seconds of every variant, warm."""
-    for call in variants.values():
+def _ready(variants: Mapping[str, Call], cuda: bool, memory: Any) -> dict[str, _Way]:
+    """Variants that are not slow, warm, and captured where there is memory for graphs."""
+    if cuda and len(variants) > 1:
+        variants = _without_slow(variants)
+    ways = {}
+    for name, call in variants.items():
         call()
-    found = {name: [] for name in variants}
+        way = _captured(call, memory) if memory and isinstance(call, Turn) else None
+        ways[name] = way or _Way(call)
+    return ways
+
+
+def _without_slow(variants: Mapping[str, Call]) -> dict[str, Call]:
+    trials = {name: call.few() for name, call in variants.items() if isinstance(call, Turn) and not call.fixed}
+    for trial in trials.values():
+        trial()
+    seconds = {name: min(seconds_per_call(trial, 1, True) for _ in range(2)) for name, trial in trials.items()}
+    limit = max(LAUNCH, SLOW * min(seconds.values(), default=0.0))
+    return {name: call for name, call in variants.items() if seconds.get(name, 0.0) <= limit}
+
+
+def _captured(turn: Turn, memory: Any) -> _Way | None:
+    """One graph of a call for every set of the pool. Their results lie apart, so that no cache holds them, either."""
+    here, side, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(here)
+    with torch.cuda.stream(side):
+        turn()                                                        # what is chosen and made once, on such a stream
+    here.wait_stream(side)
+    try:
+        with torch.cuda.stream(here), torch.cuda.graph(graph, pool=memory):     # after a failure `here` is current again
+            results = [turn() for _ in turn.pool]
+    except RuntimeError as error:
+        log.info("not captured as a CUDA graph, so called: %s", str(error).partition("\n")[0])
+        torch.cuda.synchronize()
+        return None
+    del results
+    graph.replay()
+    return _Way(graph.replay, len(turn.pool), "graph")
+
+
+def _probe(ways: Mapping[str, _Way], probes: int, cuda: bool) -> dict[str, float]:
+    """Seconds per call of every variant."""
+    found = {name: [] for name in ways}
     for _ in range(probes):
-        for name, call in variants.items():
-            found[name].append(seconds_per_call(call, 1, cuda))
+        for name, way in ways.items():
+            found[name].append(seconds_per_call(way.run, 1, cuda) / way.calls)
     return {name: statistics.median(times) for name, times in found.items()}
 
 
@@ -195,7 +324,8 @@ def _summary(seconds: Sequence[float]) -> dict[str, float]:
     return {"median_ms": 1e3 * middle, "q1_ms": 1e3 * first, "q3_ms": 1e3 * third}
 
 
-def _peak(step: Call, cuda: bool) -> int:
+def peak(step: Call, cuda: bool) -> int:
+    """Most bytes of torch's allocations during a step beyond what lives before it."""
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -10,21 +10,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from swconv import atomic
-from swconv.bench import forms
+from swconv.bench import forms, training_step
 from swconv.bench.circumstances import check_ready, circumstances, device_name
 from swconv.bench.data import make_photographs
 from swconv.bench.timing import Progress
-from swconv.ops import ShiftwiseConv2d
 from swconv.training import checkpoint, manifest
 from swconv.training.loop import Training
 
@@ -70,20 +68,20 @@ QUICK = Plan({"mini": 1, "paper": 1}, {"mini": 2, "paper": 1}, 256, 16, 4, 64,
 def run(out: Path, device: str, quick: bool, rows: Rows) -> tuple[Path, Path]:
     """Measure, and write training-cpu.json and .md into a folder, with -quick behind a quick run's name.
 
+    On a GPU it is one step beside other networks' that counts: `training_step.run`.
+
     Parameters
     ----------
     rows : mapping
-        SW-tiny at the scales `mini` and `paper`: resolved rows of params.
+        SW-tiny at the scales `mini` and `paper`: resolved rows of params. On a GPU there need be none.
 
     Raises
     ------
-    ValueError
-        For another device than the CPU.
     RuntimeError
-        When the compiled operators are missing.
+        When the device or the compiled operators are missing.
     """
     if device != "cpu":
-        raise ValueError(f"bench training measures the CPU, got --device {device}. Leave --device out.")
+        return training_step.run(out, device, quick)
     check_ready(torch.device(device), "training")
     found = measure(QUICK if quick else FULL, rows) | {"quick": quick}
     paths = tuple(out / f"training-{device_name(found)}.{kind}" for kind in ("json", "md"))
@@ -134,22 +132,13 @@ def peak(form: str, batch: int, image: int, network: Mapping[str, Any]) -> int:
     """
     import resource
 
-    model = training_form(timm.create_model("sw_tiny", **network), form)
+    model = forms.training_form(timm.create_model("sw_tiny", **network), form)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     images = torch.randn(batch, 3, image, image).to(memory_format=torch.channels_last)
     model.to(memory_format=torch.channels_last).train()
     F.cross_entropy(model(images), torch.zeros(batch, dtype=torch.int64)).backward()
     optimizer.step()
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def training_form(model: nn.Module, form: str) -> nn.Module:
-    """The network with its SW layers in one of the two forms, changed in place; both are the same function."""
-    if form == "two_step":
-        for layer in model.modules():
-            if isinstance(layer, ShiftwiseConv2d):
-                layer.branches = partial(forms.two_step, layer)
-    return model
 
 
 # ---- the rows

@@ -71,19 +71,19 @@ def in_bounds_macs(kernel: Iterable[tuple[int, int]], height: int, width: int) -
     return sum(max(0, height - abs(dy)) * max(0, width - abs(dx)) for dy, dx in kernel)
 
 
-def forward(stage: Stage, kernel: Kernel) -> dict[str, int]:
-    """Of one depthwise convolution: every pixel is read once and written once."""
-    return _least(stage, [kernel], passes=1, maps=2)
+def forward(stage: Stage, kernel: Kernel, size: int = FLOAT) -> dict[str, int]:
+    """Of one depthwise convolution: every pixel, of so many bytes, is read once and written once."""
+    return _least(stage, [kernel], 1, 2, size)
 
 
-def training(stage: Stage, *kernels: Kernel) -> dict[str, int]:
+def training(stage: Stage, *kernels: Kernel, size: int = FLOAT) -> dict[str, int]:
     """Of forward, input gradient and kernel gradient of convolutions of one x, each with an output of its own.
 
     x is read twice and its gradient written; each output is written, and its gradient read.
     """
-    return _least(stage, kernels, passes=3, maps=3 + 2 * len(kernels))
+    return _least(stage, kernels, 3, 3 + 2 * len(kernels), size)
 
 
-def _least(stage: Stage, kernels: Iterable[Kernel], passes: int, maps: int) -> dict[str, int]:
+def _least(stage: Stage, kernels: Iterable[Kernel], passes: int, maps: int, size: int) -> dict[str, int]:
     macs = sum(in_bounds_macs(kernel, stage.side, stage.side) for kernel in kernels)
-    return {"macs": passes * macs * stage.channels, "bytes": maps * FLOAT * stage.channels * stage.side**2}
+    return {"macs": passes * macs * stage.channels, "bytes": maps * size * stage.channels * stage.side**2}

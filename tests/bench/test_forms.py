@@ -70,3 +70,26 @@ def test_every_form_of_a_network_is_one_function(name, arguments, form):
 def test_an_unknown_form_is_told():
     with pytest.raises(ValueError, match="form is as_is, merged, two_step, plain or square, got 'round'"):
         forms.whole_network(torch.nn.Identity(), "round")
+
+
+def test_both_forms_of_the_network_are_one_function_in_training():
+    torch.manual_seed(0)
+    x, found = torch.randn(2, 3, 32, 32, dtype=torch.float64), []
+    for form in ("ours", "two_step"):
+        torch.manual_seed(1)
+        model = timm.create_model("sw_tiny", depths=[1, 1], dims=[8, 16], kernel_sizes=[13, 5], layer_scale_init=1.0).double()
+        logits = forms.training_form(model, form).train()(x)
+        logits.square().sum().backward()
+        found.append((logits, model.stages[0].blocks[0].mixer.filters[0].grad))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-10)
+
+
+def test_as_published_the_sums_stay_in_float32_under_autocast():
+    model = forms.training_form(timm.create_model("sw_tiny", **NETWORK), "two_step")
+    layer = model.stages[0].blocks[0].mixer
+    x = draw(2, len(layer.mixed), 12, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        parts = layer.branches(x.bfloat16())
+    assert {part.dtype for part in parts} == {torch.float32}
+    assert relative(parts[0].double(), forms.reference(layer, x.float())[0].double()) < 1e-2

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,8 +26,52 @@ def test_a_quick_run_is_short_and_writes_json_and_the_page_made_of_it(tmp_path):
     assert found["quick"] is True
     assert {row["cell"] for row in found["times"]} == {"forward", "training", "counts", "network"}
     assert all(0 < row["q1_ms"] <= row["median_ms"] <= row["q3_ms"] for row in found["times"])
-    assert {row["contender"] for row in found["errors"]} >= {"ours", "two_step", "two_step_taps", "torch_strips"}
+    assert {row["contender"] for row in found["errors"]} == {"ours", "two_step", "two_step_taps", "torch_strips", "depthwise13",
+                                                             "depthwise7", "slak_pair"}
+    assert {row["launched"] for row in found["times"]} == {"eager"}
     assert max(row["error"] for row in found["errors"]) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def three_precisions():
+    """A trial in the precisions of a GPU, on the CPU: TF32 is float32 there."""
+    plan = replace(operator.plan_for(torch.device("cpu"), quick=True), threads=(1,), precisions=operator.CUDA.precisions,
+                   deciding=operator.CUDA.deciding)
+    return operator.measure(plan, torch.device("cpu"))
+
+
+def test_every_precision_has_rows_of_its_own_and_the_two_step_forms_are_float32_only(three_precisions):
+    rows = {(row["cell"], row["precision"]): {other["contender"] for other in three_precisions["times"]
+                                              if (other["cell"], other["precision"]) == (row["cell"], row["precision"])}
+            for row in three_precisions["times"] if row["cell"] in ("forward", "network")}
+    peers = {"depthwise13", "depthwise7", "slak_pair"}
+    assert rows["forward", "tf32"] == rows["forward", "bfloat16"] == {"ours", "torch_strips", *peers}
+    assert rows["forward", "float32"] == {"ours", "torch_strips", "two_step", "two_step_taps", *peers}
+    assert rows["network", "bfloat16"] == {"ours"}
+    assert {row["precision"] for row in three_precisions["times"] if row["cell"] == "counts"} == {"float32", "bfloat16"}
+
+
+def test_every_precision_is_held_against_float64_with_its_own_tolerance(three_precisions):
+    for precision, allowed in operator.TOLERANCE["operator"].items():
+        worst = max(row["error"] for row in three_precisions["errors"]
+                    if row["precision"] == precision and row["of"] != "network")
+        assert 0 < worst <= allowed
+    half = min(row["error"] for row in three_precisions["errors"] if row["precision"] == "bfloat16")
+    assert half > operator.TOLERANCE["operator"]["float32"]           # so it was computed in half precision
+
+
+def test_half_precision_has_half_the_bytes_and_as_much_work(three_precisions):
+    rows = {row["precision"]: row for row in three_precisions["times"]
+            if (row["cell"], row.get("stage"), row.get("contender")) == ("forward", 1, "ours")}
+    assert rows["bfloat16"]["bytes"] * 2 == rows["float32"]["bytes"] == rows["tf32"]["bytes"]
+    assert rows["bfloat16"]["macs"] == rows["float32"]["macs"]
+
+
+def test_some_images_of_both_ends_of_a_batch_are_verified():
+    assert operator._some(128) == [0, 1, 2, 3, 124, 125, 126, 127]
+    assert operator._some(5) == [0, 1, 2, 3, 4]
+    kept = operator._only([0, 2], torch.ones(3, 1, 1, 1))
+    assert kept.flatten().tolist() == [1, 0, 1]
 
 
 @pytest.mark.parametrize("form", ["two_step_taps", "torch_strips"])
@@ -36,7 +81,7 @@ def test_a_wrong_result_stops_the_run_before_any_timing(tmp_path, capsys, monkey
     monkeypatch.setattr(operator, "compare", None)
     assert main([*QUICK, str(tmp_path)]) == 1
     told = capsys.readouterr().err.splitlines()[-1]
-    assert f"of the form '{form}' in stage 1 (contiguous) is off by" in told
+    assert f"of the form '{form}' in stage 1 (contiguous, float32) is off by" in told
     assert "relative to float64 where 1e-05 is allowed. Build csrc/ anew" in told
     assert not list(tmp_path.iterdir())
 

@@ -11,8 +11,9 @@ TRAINING = {"ours": 4.0, "ours_layer": 6.0, "two_step": 200.0, "two_step_layer":
 COUNTS = {(1, 1): 1.0, (2, 1): 1.0, (4, 1): 1.01, (1, 2): 1.0, (1, 4): 1.25}
 
 
-def row(ms, threads=2, **labels):
-    return {**labels, "variant": "channels_last", "probe_ms": {}, "threads": threads, "median_ms": ms, "q1_ms": 0.9 * ms,
+def row(ms, threads=2, precision="float32", launched="eager", **labels):
+    return {**labels, "precision": precision, "variant": "channels_last", "probe_ms": {}, "left_out": [],
+            "launched": launched, "threads": threads, "median_ms": ms, "q1_ms": 0.9 * ms,
             "q3_ms": 1.1 * ms, "rounds": 9, "calls_per_sample": 1}
 
 
@@ -34,14 +35,73 @@ def record():
         "hardware": {"cpu": "Some CPU", "cores": 2, "gpu": None}, "versions": {"torch": "2.11"},
         "flags": {"threads": 2, "SWCONV_CPU": None},
         "plan": {"threads": [1, 2], "batches": [1, 8], "image": 224, "pool": 2**20, "product": 64,
+                 "precisions": ["float32"], "deciding": ["float32"],
                  "stages": [{"number": 1, "side": 56, "channels": 60, "extent": 51, "small": 3, "blocks": 3, "batch": 2}]},
-        "tolerance": {"operator": 1e-5, "network": 1e-4},
-        "ceilings": [{"threads": n, "flop_per_s": n * 4e9, "bytes_per_s": 8e9} for n in (1, 2)],
-        "errors": [{"stage": 1, "contender": "two_step", "of": "sums", "error": 3e-7}, {"of": "network", "error": 4e-6}],
-        "memory": [{"stage": 1, "contender": "ours", "map": 100, "peak": 420, "saved": 130, "saved_maps": 0},
-                   {"stage": 1, "contender": "two_step", "map": 100, "peak": 3900, "saved": 110, "saved_maps": 0}],
+        "tolerance": {"operator": {"float32": 1e-5}, "network": {"float32": 1e-4}}, "launches": [],
+        "ceilings": [{"threads": n, "precision": "float32", "flop_per_s": n * 4e9, "bytes_per_s": 8e9} for n in (1, 2)],
+        "errors": [{"stage": 1, "precision": "float32", "contender": "two_step", "of": "sums", "error": 3e-7},
+                   {"precision": "float32", "of": "network", "error": 4e-6}],
+        "memory": [{"stage": 1, "precision": "float32", "contender": name, "map": 100, "peak": peak, "saved": saved,
+                    "saved_maps": 0} for name, peak, saved in (("ours", 420, 130), ("two_step", 3900, 110))],
         "times": times,
     }
+
+
+@pytest.fixture
+def gpu(record):
+    """The same on a GPU with ten times the work per second in bfloat16, where ours takes a tenth and the pair a fifth."""
+    half = []
+    for cell in ("forward", "training"):
+        for name, slower in (("ours", 0.1), ("slak_pair", 0.2)):
+            known = FORWARD if cell == "forward" else TRAINING
+            half.append(row(slower * known[name], precision="bfloat16", launched="graph", cell=cell, stage=1, contender=name,
+                            macs=10**6, bytes=2 * 10**6))
+    half += [row(0.1, precision="bfloat16", cell="counts", stage=1, mode=mode, edges=e, rep=r)
+             for e, r in COUNTS for mode in ("forward", "training")]
+    half += [row(ms, precision="bfloat16", cell="network", batch=batch, contender="ours")
+             for batch, ms in ((1, 10.0), (8, 40.0))]
+    graphs = [row(ms, launched="graph", cell="network", batch=1, contender=name)
+              for name, ms in (("ours", 5.0), ("two_step", 40.0))]
+    graphs.append(row(2.0, precision="bfloat16", launched="graph", cell="network", batch=1, contender="ours"))
+    both = ["float32", "bfloat16"]
+    return record | {
+        "device": "cuda", "hardware": {"cpu": "Some CPU", "cores": 2, "gpu": "Some GPU"},
+        "plan": record["plan"] | {"threads": [2], "precisions": both, "deciding": both},
+        "tolerance": {"operator": {"float32": 1e-5, "bfloat16": 1e-2}, "network": {"float32": 1e-4, "bfloat16": 5e-2}},
+        "ceilings": record["ceilings"] + [{"threads": 2, "precision": "bfloat16", "flop_per_s": 8e10, "bytes_per_s": 8e9}],
+        "errors": record["errors"] + [{"stage": 1, "precision": "bfloat16", "contender": "ours", "of": "output", "error": 3e-3},
+                                      {"precision": "bfloat16", "of": "network", "error": 4e-2}],
+        "launches": [{"stage": 1, "precision": precision, "contender": name, "median_us": us} for precision, name, us in (
+            ("float32", "ours", 10.0), ("float32", "depthwise7", 7.0), ("bfloat16", "ours", 20.0))],
+        "times": record["times"] + half + graphs,
+    }
+
+
+def test_a_gpu_s_targets_put_half_precision_beside_the_two_steps_of_float32(gpu):
+    found = lines(gpu)
+    assert "| forward, float32: (a) two-step as published / ours | >= 20 | >= 50 | 42.0 | reached |" in found
+    assert "| forward: (a) in float32 / ours in bfloat16 | >= 60 | >= 200 | 420 | reached, and the aim |" in found
+    assert "| forward, bfloat16: (e) / ours | >= 10 | >= 40 | 8.000 | **not reached** |" in found
+    assert "| forward + backward: (a) in float32 / ours in bfloat16 | >= 25 | >= 120 | 500 | reached, and the aim |" in found
+    network = "| SW-tiny, batch 8: two-step in float32 / merged in bfloat16 | >= 6 | >= 12 | 12.0 | reached, and the aim |"
+    assert network in found
+    assert "| CPU's time for an eager call of ours, float32, us | <= 12 | <= 6 | 10.0 | reached |" in found
+    assert "| CPU's time for an eager call of ours, bfloat16, us | <= 12 | <= 6 | 20.0 | **not reached** |" in found
+
+
+def test_the_share_of_the_floor_is_told_for_the_stages_that_there_are(gpu):
+    # 2 MB at 8 GB/s are 0.25 ms, longer than the work at 80 GFLOP/s; ours takes 0.2 ms for two images
+    assert page.Figures(gpu).share_of_floor(1, "bfloat16") == pytest.approx(2.5)
+    shares = [line for line in lines(gpu) if "floor / ours" in line]
+    assert shares == ["| forward, bfloat16, stage 1: floor / ours | >= 0.45 | >= 0.8 | 2.500 | reached, and the aim |"]
+
+
+def test_rows_of_a_gpu_tell_precision_and_what_was_no_graph(gpu):
+    found = lines(gpu)
+    assert "| **ours**, strips, bfloat16 | 0.100 (0.090-0.110) | 1.00 | 0.400 | channels_last | 9 |" in found
+    assert "| **ours**, strips, float32 | 1.00 (0.900-1.10) | 1.00 | 2.00 | channels_last, no CUDA graph | 9 |" in found
+    assert "| 1, as a CUDA graph | (a) two-step as published, float32 | 40.0 (36.0-44.0) | 8.00 | channels_last | 9 |" in found
+    assert "| **ours**, strips, float32 | 10.0 |" in found
 
 
 def lines(record):
@@ -55,9 +115,9 @@ def test_a_stage_tells_time_per_image_spread_ratio_floor_and_format(record):
 
 def test_the_floor_is_the_larger_of_work_and_bytes(record):
     figures = page.Figures(record)
-    assert figures.floor({"threads": 2, "macs": 10**6, "bytes": 4 * 10**6}) == 0.5
-    assert figures.floor({"threads": 2, "macs": 10**7, "bytes": 4 * 10**6}) == 2.5
-    assert figures.floor({"threads": 1, "macs": 10**7, "bytes": 4 * 10**6}) == 5
+    assert figures.floor({"threads": 2, "precision": "float32", "macs": 10**6, "bytes": 4 * 10**6}) == 0.5
+    assert figures.floor({"threads": 2, "precision": "float32", "macs": 10**7, "bytes": 4 * 10**6}) == 2.5
+    assert figures.floor({"threads": 1, "precision": "float32", "macs": 10**7, "bytes": 4 * 10**6}) == 5
 
 
 def test_the_sum_counts_every_block_and_tells_the_gain_of_threads(record):
@@ -90,10 +150,10 @@ def test_memory_is_told_in_maps(record):
 def test_the_head_tells_machine_commit_versions_flags_and_errors(record):
     text = page.render(record)
     assert text.startswith("# The SW operator on 2 cores of Some CPU\n")
-    assert "commit abc123. Engine of ours: compiled. Load before: 0.01." in text
+    assert "commit abc123. Engine of ours in float32: compiled. Load before: 0.01." in text
     assert "Versions: torch 2.11. Flags: threads 2." in text
     assert "2 threads: 8 GFLOP/s (float32 product of side 64), 8.0 GB/s" in text
-    assert "was 3.0e-07 (stage 1, (a) two-step as published)" in text
+    assert "was 3.0e-07 (stage 1, (a) two-step as published; 1e-05 would" in text
 
 
 def test_a_trial_and_changes_that_are_not_committed_are_told(record):

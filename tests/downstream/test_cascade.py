@@ -302,7 +302,7 @@ def test_what_is_trained_is_what_is_found():
                                       test_proposals=(50, 20)))
     images, truth = zip(*map(rectangle_and_ellipse, range(2)), strict=True)
     images, optimizer = torch.stack(images), torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for _ in range(100):
+    for _ in range(200):
         optimizer.zero_grad()
         sum(model(images, truth).values()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 10)

@@ -1,5 +1,7 @@
 """Fine-tunes by Snakemake and DVC: from our own pretraining, again when that changes, every task end to end."""
 
+import json
+import time
 
 import pytest
 
@@ -29,3 +31,45 @@ def test_a_fine_tune_waits_for_the_pretraining_that_stands_for_its_own(fresh):
     assert planned == {"build": 1, "data": 1, "train": 1, "downstream_data": 1, "finetune": 1, "assess": 1}
     assert "artifacts/smoke/train/sw24/seed0/weights.safetensors" in fresh.snakemake("-n", f"{ROW}/metrics.json")
     assert "train" not in fresh.planned("artifacts/overfit/downstream/ade_160k_sw_tiny/seed0/metrics.json")
+
+
+def test_a_changed_pretraining_row_makes_its_fine_tunes_due_and_no_other_change_does(finished):
+    targets = (f"{ROW}/metrics.json", f"{ROW}/pictures")
+    finished.snakemake(*targets)
+    assert finished.planned(*targets) == {}
+    told = json.loads((finished.root / "artifacts/smoke/finetune/ade_160k_sw_tiny/seed0/run.json").read_text())
+    digest = finished.root / "artifacts/smoke/train/sw24/seed0/weights.safetensors.sha256"
+    assert told["init_sha256"] == digest.read_text().strip()
+    assert json.loads((finished.root / ROW / "metrics.json").read_text())["images"]["value"] == 8
+
+    finished.replace("params/downstream.yaml", "    certainty: published", "    certainty: inferred")
+    assert finished.planned(*targets) == {}
+    finished.replace("params/downstream.yaml", "{iterations: 2, batch_size: 2", "{iterations: 3, batch_size: 2")
+    assert finished.planned(*targets) == {"finetune": 1, "assess": 1, "pictures": 1}
+    finished.replace("params/downstream.yaml", "{iterations: 3, batch_size: 2", "{iterations: 2, batch_size: 2")
+    assert finished.planned(*targets) == {}
+    finished.replace("params/models.yaml", "    edges: 4                        # official flag N_rep", "    edges: 2")
+    planned = finished.planned(*targets)
+    assert planned["train"] == 1
+    assert {rule: planned[rule] for rule in ("finetune", "assess", "pictures")} == {"finetune": 1, "assess": 1, "pictures": 1}
+
+
+def test_smoke_runs_every_task_end_to_end_within_six_minutes(finished):
+    began = time.monotonic()
+    finished.snakemake("downstream_smoke")
+    assert time.monotonic() - began < 360
+    table = (finished.root / "artifacts/smoke/downstream/examples.md").read_text()
+    for task, measure in (("ade20k", "mIoU"), ("coco", "AP50_box"), ("voc", "mAP"), ("nuscenes", "NDS")):
+        assert f"| {task} |" in table
+        assert f"| {measure} |" in table
+    assert len(list(finished.root.glob("artifacts/smoke/downstream/*/seed0/pictures/*.png"))) == 4
+    assert finished.planned("downstream_smoke") == {}
+
+
+def test_a_dvc_stage_per_row_asks_snakemake_and_both_are_done(finished):
+    stage = "workflow/dvc.yaml:downstream@smoke-ade_160k_sw_tiny"
+    finished.run("dvc", "repro", stage)
+    assert NOTHING in finished.snakemake(f"{ROW}/metrics.json", f"{ROW}/pictures")
+    assert "Data and pipelines are up to date." in finished.run("dvc", "repro", stage)
+    assert "downstream@smoke-ade_160k_sw_tiny" in (finished.root / "workflow/dvc.lock").read_text()
+    assert not (finished.root / "artifacts/smoke/downstream/coco_36ep_sw_tiny").exists()

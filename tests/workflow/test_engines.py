@@ -83,6 +83,20 @@ def test_dvc_remembers_a_profile_while_another_is_active(finished):
     assert (finished.root / "dvc.lock").read_text() == recorded
 
 
+def test_a_page_of_its_own_file_is_made_by_either_engine_and_a_plain_repro_starts_none(finished):
+    stage, page = "reports/dvc.yaml:page@smoke-slak/table9", "artifacts/smoke/reports/slak/table9.md"
+    assert UP_TO_DATE in finished.run("dvc", "repro")
+    assert not (finished.root / page).exists()
+
+    finished.run("dvc", "repro", stage)
+    results = finished.results()
+    assert "SLaK-T, 7" in (finished.root / page).read_text()
+    assert NOTHING in finished.snakemake(page)
+
+    finished.snakemake("artifacts/smoke/reports/slak/figure5.md")
+    assert UP_TO_DATE in finished.run("dvc", "repro", "reports/dvc.yaml:figure@smoke-slak/figure5")
+    assert UP_TO_DATE in finished.run("dvc", "repro", stage)
+    assert results.items() < finished.results().items()
 
 
 def test_a_comment_is_recorded_without_running_anything(finished):
@@ -103,20 +117,22 @@ def test_a_clone_takes_over_what_dvc_pulled(finished, tmp_path):
     finished.commit()
     finished.run("git", "clone", "--quiet", str(finished.root), str(tmp_path / "clone"))
     clone = type(finished)(tmp_path / "clone")
-    clone.run("dvc", "pull")
+    clone.run("dvc", "pull", "dvc.yaml")
     results = clone.results()
     clone.replace("params/runs.yaml", "scores: concat", "scores: sum, level: 0.35")
 
     clone.script("adopt.py")
 
     assert results == finished.results()
-    assert clone.planned() == {"train": 1, "evaluate": 1, "track": 1, "table2": 1}
+    counted = {"count": 1, "tables": 1}                  # of runs.yaml too
+    assert clone.planned() == {"train": 1, "evaluate": 1, "track": 1, "table2": 1, **counted}
     clone.replace("params/runs.yaml", "scores: sum, level: 0.35", "scores: concat")
     clone.script("adopt.py")
     assert clone.planned() == {"track": 1, "table2": 1}  # nobody keeps the tables of smoke
     clone.snakemake()
     assert UP_TO_DATE in clone.run("dvc", "repro")
     assert clone.results() == results
+    clone.run("dvc", "pull", "--allow-missing")          # past the fine-tunes, which nobody made
 
 
 @pytest.mark.parametrize(("dep", "path", "stage"), [

@@ -97,6 +97,14 @@ def is_trainer(process, session):
         return False
 
 
+def test_a_run_that_diverges_stops_nothing_and_its_cell_says_so(finished):
+    finished.replace("params/runs.yaml", "{sparsity: {scores: concat}}", "{lr: 1.0e+30}")  # sw15
+    assert "sw15 seed 0 DIVERGED: " in finished.snakemake()
+    assert list(json.loads((finished.root / RUN / "metrics.json").read_text())) == ["diverged"]
+    (row,) = [line for line in (finished.root / "artifacts/smoke/reports/table2.md").read_text().splitlines()
+              if line.startswith("| #15 ")]
+    assert "diverged" in row
+    assert finished.planned() == {}
 
 
 def test_a_lock_of_a_living_driver_is_respected(finished):
@@ -132,7 +140,7 @@ def test_a_failed_run_stops_no_other_and_its_old_results_come_back(finished):
     assert "run@smoke-sw17" not in status
 
     finished.run("git", "checkout", "--quiet", "params", "dvc.lock")
-    finished.run("dvc", "checkout")
+    finished.run("dvc", "checkout", "dvc.yaml")
     finished.script("adopt.py")
     assert finished.planned() == {}
     assert finished.results() == results

@@ -247,7 +247,8 @@ class Deformable(DeformConv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         move, fade = self.conv_offset(x).split((18, 9), 1)
-        return super().forward(x, move, fade.sigmoid())
+        with torch.autocast(x.device.type, enabled=False):            # deform_conv2d knows no autocast on a CPU
+            return super().forward(*(part.to(self.weight.dtype) for part in (x, move, fade.sigmoid())))
 
 
 class Scale(nn.Module):

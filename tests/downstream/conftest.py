@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import save_file
 
 import swconv.models  # noqa: F401  registers the models with timm
-from swconv import downstream_params, params
 from swconv.downstream import sources
 from swconv.downstream.finetuning import fine_tune
 from swconv.training import record
@@ -19,11 +18,15 @@ TASKS = ("ade20k", "coco", "voc", "nuscenes")
 
 @pytest.fixture(scope="session")
 def pretraining():
+    from swconv import params  # and with it pydantic, which test_gpu.py does without
+
     return params.load()
 
 
 @pytest.fixture(scope="session")
 def known(pretraining):
+    from swconv import downstream_params
+
     return downstream_params.load(Path("params"), pretraining)
 
 

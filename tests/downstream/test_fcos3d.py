@@ -202,6 +202,19 @@ def test_a_fresh_deformable_head_is_a_plain_one_at_half_strength_and_learns_to_m
     assert head.reg_convs[1].conv.conv_offset.weight.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_deformable_head_trains_in_mixed_precision(dtype):
+    torch.manual_seed(0)
+    head, x = FCOS3DHead(replace(SMALL, deformable=True)), [torch.randn(1, 32, side, side) for side in (16, 8, 4, 2, 1)]
+    exact = head(x)
+    with torch.autocast("cpu", dtype):
+        rough = head(x)
+    sum(part.float().square().sum() for part in rough).backward()
+    for got, wanted in zip(rough, exact, strict=True):
+        assert (got - wanted).norm() < 0.05 * wanted.norm() + 0.01
+    assert head.cls_convs[1].conv.weight.grad.abs().sum() > 0
+
+
 def test_rotated_iou_is_shapelys_for_any_pair():
     random = torch.Generator().manual_seed(0)
     boxes = torch.rand(400, 5, generator=random, dtype=torch.float64) * torch.tensor([6.0, 6, 5, 5, 7]) + 0.1

@@ -154,6 +154,18 @@ def track(args: argparse.Namespace) -> None:
     atomic.write_json(args.out, tracking.replay(args.report, runs, DATABASE))
 
 
+def track_downstream(args: argparse.Namespace) -> None:
+    from swconv import atomic
+    from swconv.reporting.downstream_examples import HEADLINE, equal_seeds
+    from swconv.training import tracking
+
+    task = _downstream().run(args.row).task
+    folders = [Path("artifacts", args.profile, stage, args.row) for stage in ("finetune", "downstream")]
+    runs = [tracking.RunFiles(args.row, seed, *(folder / f"seed{seed}" for folder in folders))
+            for seed in equal_seeds(*folders, args.seed)]
+    atomic.write_json(args.out, tracking.replay(f"downstream/{task}", runs, DATABASE, HEADLINE[task][0]))
+
+
 def report(args: argparse.Namespace) -> None:
     from swconv import params
     from swconv.reporting import costs, formulas
@@ -348,7 +360,8 @@ def downstream_table(args: argparse.Namespace) -> None:
 
     known = _downstream()
     rows = [(task, run, known.profile(args.profile).targets.get(task, {})) for task, run in known.examples.items()]
-    downstream_examples.build(Path("artifacts") / args.profile, rows, args.seed, args.out)
+    downstream_examples.build(Path("artifacts") / args.profile, rows, args.seed, args.out,
+                              f"snakemake --cores all {'downstream_overfit' if args.profile == 'overfit' else args.out}")
 
 
 def export(args: argparse.Namespace) -> None:
@@ -467,6 +480,8 @@ def _parser() -> argparse.ArgumentParser:
     verb(plan, "reckon steps, memory, disk and GPU-hours of a run or a report before anything starts", "target", "--json",
          profile="paper")
     verb(track, "replay the runs of a report into MLflow", "report", "--profile", "--seeds", "--out")
+    verb(track_downstream, "replay a fine-tune, with its other seeds that are there, into MLflow", "row", "--profile", "--seed",
+         "--out")
     verb(report, "write a table with its figure and provenance", "report", "--profile", "--seeds", "--out")
     verb(cost, "count a model's parameters and multiply-adds", "model", "--input", "--sparsity", "--counting", "--set",
          "--json")

@@ -10,7 +10,8 @@ from swconv.atomic import write_atomic
 HEADLINE = {"ade20k": ("mIoU",), "coco": ("AP50_box", "AP50_mask"), "voc": ("mAP",), "nuscenes": ("mAP", "NDS")}
 
 
-def build(artifacts: Path, rows: Sequence[tuple[str, str, Mapping[str, float]]], seed: int, out: Path) -> None:
+def build(artifacts: Path, rows: Sequence[tuple[str, str, Mapping[str, float]]], seed: int, out: Path,
+          command: str) -> None:
     """Write the table of a profile.
 
     Parameters
@@ -21,6 +22,8 @@ def build(artifacts: Path, rows: Sequence[tuple[str, str, Mapping[str, float]]],
         Targets by name of the metric; none where nothing has to be reached.
     out : Path
         Of the Markdown file.
+    command : str
+        What makes it.
 
     Raises
     ------
@@ -46,11 +49,26 @@ def build(artifacts: Path, rows: Sequence[tuple[str, str, Mapping[str, float]]],
         "benchmark's. Where a number is wanted, the network is trained and evaluated on the same images, so that targets, "
         "losses, decoding and evaluation have to belong together.", "", *lines, "",
         f"Made by `python -m swconv downstream-table` from metrics.json and run.json of each run, on "
-        f"{setting['hardware']['cpu']}, threads: {setting['flags']['threads']}.", ""])
+        f"{setting['hardware']['cpu']}, threads: {setting['flags']['threads']}. Remake: `{command}`.", ""])
     write_atomic(out, text.encode())
     if missed:
         raise ValueError(f"every target of the profile needs to be reached, got {', '.join(missed)}. Look at the losses in "
                          "log.jsonl of these runs.")
+
+
+def equal_seeds(finetuned: Path, assessed: Path, seed: int) -> list[int]:
+    """A run's seeds that are there and differ from this one in nothing but the seed: equal configuration, code and data.
+
+    Parameters
+    ----------
+    finetuned, assessed : Path
+        artifacts/<profile>/finetune/<run> and artifacts/<profile>/downstream/<run>.
+    """
+    told = {int(path.parent.name.removeprefix("seed")): json.loads(path.read_text())
+            for path in sorted(finetuned.glob("seed*/run.json")) if (assessed / path.parent.name / "metrics.json").exists()}
+    same = ("config", "code", "data_manifest_sha256")
+    return [seed, *(other for other in sorted(told) if other != seed and seed in told
+                    and all(told[other][key] == told[seed][key] for key in same))]
 
 
 def _line(task: str, run: str, name: str, wanted: float | None, found: Mapping[str, Any] | None, facts: Sequence[Any]) -> str:

@@ -1,7 +1,7 @@
 """Replay of finished runs into MLflow: a view that can be thrown away and made again. The only importer of mlflow.
 
-One experiment per table and profile, one parent run per row, one child run per seed. Training never waits for MLflow:
-it writes JSON lines, and these are replayed.
+One experiment per table, or task of fine-tunes, and profile, one parent run per row, one child run per seed. Training never
+waits for MLflow: it writes JSON lines, and these are replayed.
 """
 
 import fcntl
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 PER_EPOCH = ("train_loss", "val_loss", "top1", "lr", "density", "images_per_second")
 BATCH_METRICS, BATCH_PARAMS = 1000, 100  # what one log_batch call may hold
 LOCK_SECONDS = 10
+TASKS = {"ade20k": "ADE20K", "coco": "COCO 2017", "voc": "PASCAL VOC 2007", "nuscenes": "nuScenes"}
 HOST, PORT = "127.0.0.1", 5000  # of the pages
 REFILL = "snakemake --cores all --forcerun track"  # makes a lost database again; without --forcerun nothing is to be done
 
@@ -42,7 +43,7 @@ class RunFiles:
     Attributes
     ----------
     run : str
-        Row of params/runs.yaml.
+        Row of params/runs.yaml or params/downstream.yaml.
     seed : int
     train : Path
         Folder with log.jsonl, run.json and metrics.json.
@@ -56,7 +57,7 @@ class RunFiles:
     evaluate: Path
 
 
-def replay(report: str, runs: list[RunFiles], database: Path) -> dict[str, str]:
+def replay(report: str, runs: list[RunFiles], database: Path, measure: str = "top1") -> dict[str, str]:
     """Bring an MLflow database up to date with finished runs; what is there and unchanged is left alone.
 
     A run is found by its tag `swconv.key`. If its files changed, it is replaced, as MLflow's metrics cannot be taken
@@ -66,11 +67,13 @@ def replay(report: str, runs: list[RunFiles], database: Path) -> dict[str, str]:
     Parameters
     ----------
     report : str
-        Name of the table, "table2" or "slak/table1".
+        Name of the table, "table2" or "slak/table1"; "downstream/<task>" for fine-tunes.
     runs : list of RunFiles
         All of one profile.
     database : Path
         SQLite file; artifacts go to `mlartifacts/` beside it.
+    measure : str
+        Of the evaluation; parents have its mean and standard deviation over their seeds.
 
     Returns
     -------
@@ -84,7 +87,7 @@ def replay(report: str, runs: list[RunFiles], database: Path) -> dict[str, str]:
     OSError
         The database cannot be opened, written or locked, or was written by another version of MLflow.
     """
-    wanted = _wanted(report, runs)
+    wanted = _wanted(report, runs, measure)
     with _locked(database), _one_sentence(database):
         client = _client(database)
         experiment = _experiment(client, _title(report, wanted[0].tags["profile"]), database)
@@ -153,7 +156,7 @@ class _Wanted:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _wanted(report: str, runs: list[RunFiles]) -> list[_Wanted]:
+def _wanted(report: str, runs: list[RunFiles], measure: str) -> list[_Wanted]:
     """Parents first."""
     rows = defaultdict(list)
     dvc = {folder: _dvc_md5(folder) for folder in {files.train.parent for files in runs}}
@@ -161,7 +164,7 @@ def _wanted(report: str, runs: list[RunFiles]) -> list[_Wanted]:
         rows[files.run].append((files, _child(report, files, dvc[files.train.parent])))
     if not rows:
         raise ValueError(f"Replaying '{report}' into MLflow needs at least one finished run, got none; train first.")
-    parents = [_parent(report, run, [child for _, child in row]) for run, row in rows.items()]
+    parents = [_parent(report, run, [child for _, child in row], measure) for run, row in rows.items()]
     return parents + [child for row in rows.values() for _, child in row]
 
 
@@ -202,12 +205,12 @@ def _child(report: str, files: RunFiles, dvc_md5: str) -> _Wanted:
     )
 
 
-def _parent(report: str, run: str, children: list[_Wanted]) -> _Wanted:
-    top1 = [value for child in children for name, value, _, _ in child.metrics if name == "evaluate/top1"]
+def _parent(report: str, run: str, children: list[_Wanted], measure: str) -> _Wanted:
+    found = [value for child in children for name, value, _, _ in child.metrics if name == f"evaluate/{measure}"]
     end = max(child.end for child in children)
-    summary = {"n": len(top1)} | ({"top1_mean": statistics.fmean(top1)} if top1 else {})  # none where all seeds diverged
-    if len(top1) > 1:
-        summary["top1_sd"] = statistics.stdev(top1)
+    summary = {"n": len(found)} | ({f"{measure}_mean": statistics.fmean(found)} if found else {})  # none: all seeds diverged
+    if len(found) > 1:
+        summary[f"{measure}_sd"] = statistics.stdev(found)
     profile = children[0].tags["profile"]
     return _Wanted(
         key=_parent_key(report, profile, run),
@@ -275,7 +278,9 @@ def _md5(path: Path) -> str:
 
 
 def _title(report: str, profile: str) -> str:
-    """`table2` becomes "SW Table 2, mini", `slak/table1` "SLaK Table 1, mini"."""
+    """`table2` becomes "SW Table 2, mini", `slak/table1` "SLaK Table 1, mini", `downstream/coco` "COCO 2017, mini"."""
+    if report.startswith("downstream/"):
+        return f"{TASKS[report.removeprefix('downstream/')]}, {profile}"
     paper = "SLaK" if report.startswith("slak/") else "SW"
     table = re.sub(r"(\D)(\d)", r"\1 \2", report.rpartition("/")[2]).capitalize()
     return f"{paper} {table}, {profile}"

@@ -7,7 +7,7 @@ import pytest
 
 from swconv import downstream_params, params
 from swconv.__main__ import main
-from swconv.reporting.downstream_examples import build
+from swconv.reporting.downstream_examples import build, equal_seeds
 
 
 def write(folder, metrics, **run):
@@ -29,7 +29,7 @@ def test_a_target_is_reached_missed_or_not_measured(tmp_path):
     out = tmp_path / "table.md"
     rows = [("ade20k", "a", {"mIoU": 90.0}), ("coco", "b", {"AP50_box": 90.0}), ("voc", "c", {"mAP": 90.0})]
     with pytest.raises(ValueError, match=r"got AP50_box of b with 89\.99 for 90, mAP of c with none for 90\. Look at the loss"):
-        build(tmp_path, rows, 0, out)
+        build(tmp_path, rows, 0, out, "snakemake --cores all table.md")
     lines = [line for line in out.read_text().splitlines() if line.startswith("|")][2:]
     assert lines == [
         "| ade20k | a | mIoU | 90 | 90.00 | % | yes | 100 | 1.5 | c0de | 01234567 + changes |",
@@ -38,6 +38,18 @@ def test_a_target_is_reached_missed_or_not_measured(tmp_path):
         "| voc | c | mAP | 90 | none |  | **no** | 3 | 1.5 | c0de | 01234567 + changes |",
     ]
     assert "Profile `overfit`, seed 0" in out.read_text()
+    assert out.read_text().endswith("Remake: `snakemake --cores all table.md`.\n")
+
+
+def test_seeds_are_equal_that_differ_in_nothing_else_and_are_assessed(tmp_path):
+    finetuned, assessed = tmp_path / "finetune/a", tmp_path / "downstream/a"
+    same = {"config": {"lr": 1}, "code": "c", "data_manifest_sha256": "d"}
+    for seed, changes in enumerate([{}, {}, {"code": "older"}, {"config": {"lr": 2}}, {"data_manifest_sha256": "e"}, {}]):
+        write(finetuned / f"seed{seed}", {}, **same | changes)
+        if seed != 5:                                                     # which is not assessed yet
+            write(assessed / f"seed{seed}", {})
+    assert equal_seeds(finetuned, assessed, 1) == [1, 0]
+    assert equal_seeds(finetuned, assessed, 2) == [2]
 
 
 def test_the_verb_fails_where_a_target_is_missed_and_only_there(tmp_path, monkeypatch, capsys):

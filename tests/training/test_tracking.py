@@ -108,6 +108,18 @@ def test_experiment_is_named_after_table_and_profile(tmp_path, report, title, da
     assert {e.name for e in _client(tmp_path).search_experiments()} == {"Default", title}
 
 
+def test_fine_tunes_stand_in_the_experiment_of_their_task_with_the_mean_of_its_measure(tmp_path, database):
+    found = [_finished(tmp_path, "ade_160k_sw_tiny", seed) for seed in (0, 1)]
+    for files, value in zip(found, (40.0, 43.0), strict=True):
+        _write(files.evaluate / "metrics.json", {"mIoU": {"value": value, "unit": "%"}, "mAcc": {"value": 50.0, "unit": "%"}})
+    ids = replay("downstream/ade20k", found, database, "mIoU")
+    client = _client(tmp_path)
+    assert {e.name for e in client.search_experiments()} == {"Default", "ADE20K, mini"}
+    parent = client.get_run(ids["downstream/ade20k/mini/ade_160k_sw_tiny"])
+    assert parent.data.metrics == {"n": 2, "mIoU_mean": 41.5, "mIoU_sd": pytest.approx(4.5**0.5)}
+    assert client.get_run(ids["key-ade_160k_sw_tiny-1"]).data.metrics["evaluate/mIoU"] == 43.0
+
+
 def test_replaying_again_changes_nothing(tmp_path, runs, database):
     first = replay("table2", runs, database)
     before = _dump(tmp_path)

@@ -6,6 +6,7 @@ import time
 import pytest
 
 ROW = "artifacts/smoke/downstream/ade_160k_sw_tiny/seed0"
+TRACKED = "artifacts/smoke/track/downstream/ade_160k_sw_tiny/seed0.json"
 NOTHING = "Nothing to be done"
 
 
@@ -29,6 +30,7 @@ def test_a_target_that_cannot_be_made_stops_the_plan_in_a_sentence(fresh, target
 def test_a_fine_tune_waits_for_the_pretraining_that_stands_for_its_own(fresh):
     planned = fresh.planned(f"{ROW}/metrics.json")
     assert planned == {"build": 1, "data": 1, "train": 1, "downstream_data": 1, "finetune": 1, "assess": 1}
+    assert fresh.planned(TRACKED) == planned | {"track_downstream": 1}
     assert "artifacts/smoke/train/sw24/seed0/weights.safetensors" in fresh.snakemake("-n", f"{ROW}/metrics.json")
     assert "train" not in fresh.planned("artifacts/overfit/downstream/ade_160k_sw_tiny/seed0/metrics.json")
 

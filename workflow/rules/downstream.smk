@@ -2,12 +2,14 @@
 #   snakemake --cores all artifacts/mini/downstream/ade_160k_sw_tiny/seed0/metrics.json
 #   snakemake --cores all downstream_smoke          every task end to end, in two steps each
 #   snakemake --cores all downstream_overfit        every task on its training images, into reports/downstream_overfit.md
+#   snakemake --cores all artifacts/mini/track/downstream/ade_160k_sw_tiny/seed0.json    the same, shown by MLflow too
 # A profile of that file names the profile that pretrains (`base`): its library, its weights, its machine.
 from swconv import downstream_params
 
 TINY = "artifacts/{profile}/downstream_data/{task}"
 FINETUNED = "artifacts/{profile}/finetune/{run}/seed{seed}"
 ASSESSED = "artifacts/{profile}/downstream/{run}/seed{seed}"
+TRACKED = "artifacts/{profile}/track/downstream/{run}/seed{seed}.json"
 
 with one_sentence():
     DOWNSTREAM = downstream_params.load(Path("params"), PARAMS)
@@ -190,9 +192,28 @@ rule pictures:
         " --weights {input.weights} --out {output} 2>&1 | tee {log}"
 
 
+# As rule track: one fine-tune, in the experiment of its task.
+rule track_downstream:
+    input:
+        f"{FINETUNED}/metrics.json",
+        f"{FINETUNED}/run.json",
+        f"{FINETUNED}/log.jsonl",
+        f"{ASSESSED}/metrics.json",
+    output:
+        TRACKED,
+    params:
+        code=fingerprint("swconv.training.tracking"),
+    log:
+        "logs/track_downstream/{profile}-{run}-seed{seed}.log",
+    shell:
+        "python -m swconv track-downstream {wildcards.run} --profile {wildcards.profile} --seed {wildcards.seed}"
+        " --out {output} 2>&1 | tee {log}"
+
+
 rule downstream_table:
     input:
         examples(f"{FINETUNED}/metrics.json", f"{FINETUNED}/run.json", f"{ASSESSED}/metrics.json", f"{ASSESSED}/run.json"),
+        tracked=examples(TRACKED),
     output:
         "artifacts/{profile}/downstream/examples.md",
     params:

@@ -11,7 +11,7 @@ from stages import ALLOWED, ROOT, asks, params, rule_files, rule_modules, target
 from swconv.fingerprint import closure, csrc_files
 
 # Their outputs belong to the machine: no stage keeps them.
-MACHINE = {"build", "count", "track"}
+MACHINE = {"build", "count", "track", "track_downstream"}
 # Stages outside the default target.
 APART = ("page", "figure", "downstream", "overfit")
 

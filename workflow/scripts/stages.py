@@ -14,6 +14,7 @@ from swconv import downstream_params, params  # noqa: E402
 
 # What stands behind a page whose runs have no stages of their own (reports/dvc.yaml).
 PAGE = ("build", "same_as", "train", "lay_out", "evaluate", "track", "count", "tables")
+FINE_TUNE = ("build", "downstream_data", "finetune", "assess", "track_downstream")
 # Rules that a stage may run. The library and the MLflow database belong to the machine: no stage owns them.
 ALLOWED = {
     "data": ["data"],
@@ -22,8 +23,8 @@ ALLOWED = {
     "page": [*PAGE, "page"],
     "figure": [*PAGE, "figure"],
     "tables": ["count", "tables"],
-    "downstream": ["build", "train", "convert", "fetch", "downstream_data", "finetune", "assess", "pictures"],
-    "overfit": ["build", "downstream_data", "finetune", "assess", "downstream_table", "downstream_overfit"],
+    "downstream": [*FINE_TUNE, "train", "convert", "fetch", "pictures"],
+    "overfit": [*FINE_TUNE, "downstream_table", "downstream_overfit"],
 }
 
 
@@ -50,8 +51,10 @@ def targets(known: params.Params, kind: str, profile: str = "", which: str = "ta
         if profile not in (rows := downstream(known)).profiles:
             return []                                                     # a profile of the user that fine-tunes nothing
         rows.run(which)
-        return [f"artifacts/{profile}/downstream/{which}/seed{seed}/{name}" for seed in known.active.seeds
-                for name in ("metrics.json", "pictures")]
+        return [path for seed in known.active.seeds
+                for path in (f"artifacts/{profile}/downstream/{which}/seed{seed}/metrics.json",
+                             f"artifacts/{profile}/downstream/{which}/seed{seed}/pictures",
+                             f"artifacts/{profile}/track/downstream/{which}/seed{seed}.json")]
     if kind in ("table2", "page", "figure"):
         known.report(which)
         return [f"{known.profile(profile).reports}/{which}.md"]

@@ -212,6 +212,7 @@ def _timed(training: Training, seconds: Counter[str]) -> Iterator[None]:
               (training, "forward", timed("forward", training.forward)),
               (F, "cross_entropy", timed("forward", F.cross_entropy)),
               (Tensor, "backward", timed("backward", Tensor.backward)),
+              (Tensor, "detach_", timed("backward", Tensor.detach_)),  # which frees the graph
               (training.optimizer, "step", timed("optimizer", training.optimizer.step))]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
     try:

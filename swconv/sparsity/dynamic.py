@@ -286,12 +286,13 @@ class SparseTraining:
 
     @torch.no_grad()
     def _apply(self, optimizer: Optimizer | None = None) -> None:
-        for name, mask in self.masks.items():
-            weight = self._weights[name]
-            weight.mul_(mask)
-            momentum = optimizer.state.get(weight, {}).get("momentum_buffer") if optimizer else None
-            if momentum is not None:
-                momentum.mul_(mask)
+        if not self.masks:
+            return
+        masked = [(self._weights[name], mask) for name, mask in self.masks.items()]
+        if optimizer:
+            states = [(optimizer.state.get(weight, {}).get("momentum_buffer"), mask) for weight, mask in masked]
+            masked += [(momentum, mask) for momentum, mask in states if momentum is not None]
+        torch._foreach_mul_(*map(list, zip(*masked, strict=True)))
 
     def _drawn(self, images: Tensor | None, labels: Tensor | None) -> dict[str, Tensor]:
         """A first mask of every weight, one for all branches; on other ranks than 0 what only has its shape."""

@@ -12,6 +12,7 @@ import random
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -186,8 +187,13 @@ def to_input(
             f"{len(std)} stds; correct in_chans, mean or std of the dataset in params/."
         )
     x = images.to(device, non_blocking=True).to(torch.float32, memory_format=MEMORY_FORMATS[memory_format])
-    shift, scale = (255 * torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (mean, std))
-    return x.sub_(shift).div_(scale).to(dtype)
+    return x.sub_(_per_channel(*mean, device=device)).div_(_per_channel(*std, device=device)).to(dtype)
+
+
+@cache
+def _per_channel(*values: float, device: torch.device | str) -> Tensor:
+    """On the scale 0 to 255, (1, C, 1, 1). Not made anew at every step: a copy to the device each time."""
+    return 255 * torch.tensor(values, device=device).view(1, -1, 1, 1)
 
 
 def erasing_for(recipe: dict, device: torch.device | str) -> RandomErasing | None:

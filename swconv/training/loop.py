@@ -282,7 +282,7 @@ class Training:
                 with autocast(self.machine):
                     loss = F.cross_entropy(self.forward(x), target, label_smoothing=smoothing) * share
                 self.scaler.scale(loss).backward()
-            total = total + loss.detach().double()
+            total = total + loss.detach_().double()                   # in place: the graph goes now, not when the next is made
         loss, *wished = distributed.summed([total / self.world, *wishes], self.device)
         if self.is_good(loss) and self._optimize():
             if self.sparsity and (event := self.sparsity.step(self.optimizer)):

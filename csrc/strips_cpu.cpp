@@ -34,8 +34,9 @@ constexpr int kBytes = 16, kSums = 12;
 #endif
 constexpr int kRows = 7, kColumns = 4;
 constexpr int kTaps = 4, kAcross = 3;       // sums of a tile of the weight gradient
-constexpr int kPairTaps = 8, kOutputs = 4;  // in pairs: sums of a tile, and gradients beside them
-constexpr int kPairsFrom = 10;              // taps that a strip needs for pairs to pay
+constexpr int kQuadTaps = 8, kOutputs = 4;  // in quads: sums of a tile, and gradients beside them
+constexpr int kQuad = 4, kFactors = 6;      // neighbours that are computed at once, and what they are computed from
+constexpr int kQuadsFrom = 10;              // taps that a strip needs for quads to pay
 
 template <class T>
 struct Lanes {
@@ -176,26 +177,69 @@ struct Shape {
   int64_t length, breadth, anchor, along, across;
 };
 
-// The taps of a strip that can meet a map of `size` pixels along it, for a block of channels, one vector each.
+// Four neighbours across a strip of three columns at once, by Winograd's F(4, 3) (Lavin and Gray 2016) at the points 0, +-a,
+// +-b and infinity with a^2 = 1/2 and b^2 = 2, whose rounding errors are less than half of the usual ones': six sums over the
+// taps do the work of twelve. Factors of the four inputs and their two neighbours x[-1] to x[4]; of the three columns of taps;
+// and, for the adjoint in the taps, of the four gradients. A sum m is over the products of factors m of inputs and taps.
+template <class T>
+struct Winograd {
+  using V = vector_t<T>;
+  static constexpr T a = static_cast<T>(0.70710678118654752440), b = static_cast<T>(1.41421356237309504880);
+
+  static SWCONV_INLINE void inputs(const V (&x)[kFactors], V (&f)[kFactors]) {
+    const V even_a = x[4] - 2 * x[2], odd_a = a * (x[3] - 2 * x[1]), even_b = x[4] - x[2] / 2, odd_b = b * (x[3] - x[1] / 2);
+    f[0] = x[0] - T(2.5) * x[2] + x[4];
+    f[1] = even_a + odd_a, f[2] = even_a - odd_a;
+    f[3] = even_b + odd_b, f[4] = even_b - odd_b;
+    f[5] = x[1] - T(2.5) * x[3] + x[5];
+  }
+
+  static SWCONV_INLINE void taps(V left, V middle, V right, V (&f)[kFactors]) {
+    const V even_a = (left + right / 2) / T(-1.5), odd_a = middle * (a / T(-1.5));
+    const V even_b = (left + right * 2) / 6, odd_b = middle * (b / 6);
+    f[0] = left;
+    f[1] = even_a + odd_a, f[2] = even_a - odd_a;
+    f[3] = even_b + odd_b, f[4] = even_b - odd_b;
+    f[5] = right;
+  }
+
+  static SWCONV_INLINE void gradients(const V (&g)[kQuad], V (&f)[kFactors]) {
+    const V even_a = g[0] + g[2] / 2, odd_a = a * (g[1] + g[3] / 2), even_b = g[0] + 2 * g[2], odd_b = b * (g[1] + 2 * g[3]);
+    f[0] = g[0];
+    f[1] = even_a + odd_a, f[2] = even_a - odd_a;
+    f[3] = even_b + odd_b, f[4] = even_b - odd_b;
+    f[5] = g[3];
+  }
+
+  // The gradients of the three columns from those of the taps' factors.
+  static SWCONV_INLINE void columns(const V (&f)[kFactors], V& left, V& middle, V& right) {
+    const V even_a = (f[1] + f[2]) / T(-1.5), even_b = (f[3] + f[4]) / 6;
+    left = f[0] + even_a + even_b;
+    middle = (f[1] - f[2]) * (a / T(-1.5)) + (f[3] - f[4]) * (b / 6);
+    right = even_a / 2 + even_b * 2 + f[5];
+  }
+};
+
+// The taps of a strip that can meet a map of `along` pixels along it, for a block of channels, one vector each.
 //
-// Plainly, tap t of column a is at (a * length + t) * lanes. In pairs (below), four weights for three columns.
+// Plainly, tap t of column a is at (a * length + t) * lanes. In quads, a factor takes the place of a column.
 template <class T>
 struct Strip {
   static constexpr int64_t n = Lanes<T>::count;
   Shape shape;
   int64_t first, length, breadth, anchor;  // `first` of the kernel's taps
-  bool paired;
-  Memory<T> kernel, taps;
+  bool quads, turned = false, laid = false;
+  Memory<T> kernel, taps, plain;           // `plain`: beside quads, where they cannot be used
 
-  Strip(const Shape& shape, int64_t size)
-      : shape(shape), first(most(0, shape.anchor - (size - 1))), length(least(shape.length, shape.anchor + size) - first),
-        breadth(shape.breadth), anchor(shape.anchor - first), paired(breadth == 3 && length >= kPairsFrom),
-        kernel(count() * n), taps(size_of_taps()) {}
+  Strip(const Shape& shape, int64_t along, int64_t across)
+      : shape(shape), first(most(0, shape.anchor - (along - 1))), length(least(shape.length, shape.anchor + along) - first),
+        breadth(shape.breadth), anchor(shape.anchor - first),
+        quads(breadth == 3 && length >= kQuadsFrom && across > kQuad / 2), kernel(count() * n), taps(size_of_taps()),
+        plain(quads ? breadth * length * n : 0) {}
 
-  int64_t size_of_taps() const { return (paired ? 4 : breadth) * length * n; }
+  int64_t size_of_taps() const { return (quads ? kFactors : breadth) * length * n; }
 
   int64_t count() const { return shape.length * shape.breadth; }
-  T* tap(int64_t a, int64_t t) const { return taps.data + (a * length + t) * n; }
   T* value(int64_t a, int64_t t) const { return kernel.data + ((first + t) * shape.along + a * shape.across) * n; }
 
   // The kernel of a block of channels, `count()` values each, one channel behind the other.
@@ -217,31 +261,39 @@ struct Strip {
 
   // Lay out the taps; `turn` the kernel by half a turn, for the adjoint.
   void lay(bool turn) {
+    turned = turn, laid = false;
+    if (!quads) return lay_plainly(taps.data);
     for (int64_t t = 0; t < length; ++t) {
-      const int64_t at = turn ? length - 1 - t : t;
-      const auto column = [&](int64_t a) { return load(value(turn ? breadth - 1 - a : a, at)); };
-      if (paired) {
-        const vector_t<T> sides = column(0) + column(2), middle = column(1);
-        save(tap(0, t), column(0));
-        save(tap(1, t), (sides + middle) / 2);
-        save(tap(2, t), (sides - middle) / 2);
-        save(tap(3, t), -column(2));
-      } else {
-        for (int64_t a = 0; a < breadth; ++a) save(tap(a, t), column(a));
-      }
+      vector_t<T> factors[kFactors];
+      Winograd<T>::taps(column(0, t), column(1, t), column(2, t), factors);
+      for (int64_t m = 0; m < kFactors; ++m) save(taps.data + (m * length + t) * n, factors[m]);
     }
+  }
+  vector_t<T> column(int64_t a, int64_t t) const {
+    return load(turned ? value(breadth - 1 - a, length - 1 - t) : value(a, t));
+  }
+  void lay_plainly(T* to) const {
+    for (int64_t a = 0; a < breadth; ++a)
+      for (int64_t t = 0; t < length; ++t, to += n) save(to, column(a, t));
+  }
+  const T* plain_taps() {
+    if (!laid) lay_plainly(plain.data);
+    laid = true;
+    return plain.data;
   }
 
   // The kernel's gradients from those of the taps, which lie as the taps do.
   void gradient(const T* sums, T* to, int64_t step, int64_t channels) {
-    const auto sum = [&](int64_t a, int64_t t) { return load(sums + (a * length + t) * n); };  // 2: with the other sign
+    const auto sum = [&](int64_t a, int64_t t) { return load(sums + (a * length + t) * n); };
     kernel.clear();
     for (int64_t t = 0; t < length; ++t) {
-      if (paired) {
-        const vector_t<T> sides = (sum(1, t) - sum(2, t)) / 2;
-        save(value(0, t), sum(0, t) + sides);
-        save(value(1, t), (sum(1, t) + sum(2, t)) / 2);
-        save(value(2, t), sides - sum(3, t));
+      if (quads) {
+        vector_t<T> factors[kFactors], left, middle, right;
+        for (int64_t m = 0; m < kFactors; ++m) factors[m] = sum(m, t);
+        Winograd<T>::columns(factors, left, middle, right);
+        save(value(0, t), left);
+        save(value(1, t), middle);
+        save(value(2, t), right);
       } else {
         for (int64_t a = 0; a < breadth; ++a) save(value(a, t), sum(a, t));
       }
@@ -310,10 +362,10 @@ struct Small : Plain {  // for a kernel no longer than broad
   template <class T, int R, int K>
   static void tile(const Filter<T>& f, int64_t o, int64_t s);
 };
-struct Paired {
+struct Quads {
   static constexpr int sums = 2;
   template <class T, int R, int K>
-  static void tile(const Filter<T>& f, int64_t o, int64_t pair);
+  static void tile(const Filter<T>& f, int64_t o, int64_t s);
 };
 
 template <class T, int R, int K>
@@ -358,17 +410,14 @@ void Small::tile(const Filter<T>& f, int64_t o, int64_t s) {
   finish<T, R, K>(f, o, s, 1, sum);
 }
 
-// Two neighbours across a strip of three columns at once, by Winograd's F(2, 3) (Lavin and Gray 2016, section 4.1):
-//   y0 = k0 x[-1] + k1 x[0] + k2 x[1] = p1 + p2 + p0,   p0 = k0 (x[-1] - x[1]),   p1 = (k0 + k1 + k2) / 2 (x[0] + x[1]),
-//   y1 = k0 x[0]  + k1 x[1] + k2 x[2] = p1 - p2 + p3,   p3 = -k2 (x[0] - x[2]),   p2 = (k0 - k1 + k2) / 2 (x[1] - x[0]),
-// so that four sums over the taps do the work of six. `in` holds the pairs' four factors in x, see Pairs.
-
+// `in` holds the factors of K quads from s on, see Factors.
 template <class T, int R, int K>
-void Paired::tile(const Filter<T>& f, int64_t o, int64_t pair) {
+void Quads::tile(const Filter<T>& f, int64_t o, int64_t s) {
   constexpr int64_t n = Lanes<T>::count;
-  vector_t<T> even[R][K], odd[R][K];
+  constexpr T a = Winograd<T>::a, b = Winograd<T>::b;
+  vector_t<T> even[R][K], odd[R][K], inner[2][R][K];  // the last does not stay in registers
   const auto add = [&](int m, int64_t r, int64_t first, auto inside, vector_t<T>(&sum)[R][K]) SWCONV_INLINED {
-    const T *x = f.in + (m * f.in_across + pair) * f.in_along + r * n, *tap = f.taps + (m * f.length + first) * n;
+    const T *x = f.in + m * f.in_across + r * n, *tap = f.taps + (m * f.length + first) * n;
     vector_t<T> factor[K];
 #pragma GCC unroll 4
     for (int k = 0; k < K; ++k) factor[k] = load(x + k * f.in_along);
@@ -386,46 +435,92 @@ void Paired::tile(const Filter<T>& f, int64_t o, int64_t pair) {
       add(m_odd, r, first, inside, odd);
     });
   };
+  const auto each = [&](const auto& body) SWCONV_INLINED {
+#pragma GCC unroll 8
+    for (int j = 0; j < R; ++j)
+#pragma GCC unroll 4
+      for (int k = 0; k < K; ++k) body(j, k);
+  };
   begin_with<T, R, K>(nullptr, even);
   begin_with<T, R, K>(nullptr, odd);
   add_both(1, 2);
+  each([&](int j, int k) SWCONV_INLINED {
+    inner[0][j][k] = even[j][k] + odd[j][k];
+    inner[1][j][k] = even[j][k] - odd[j][k];
+    even[j][k] = odd[j][k] = vector_t<T>{};
+  });
+  add_both(3, 4);
   const vector_t<T> bias = f.bias ? load(f.bias) : vector_t<T>{};
-#pragma GCC unroll 8
-  for (int j = 0; j < R; ++j)
-#pragma GCC unroll 4
-    for (int k = 0; k < K; ++k) {
-      const vector_t<T> p1 = even[j][k] + bias, p2 = odd[j][k];
-      even[j][k] = p1 + p2;
-      odd[j][k] = p1 - p2;
-    }
-  add_both(0, 3);
-  finish<T, R, K>(f, o, 2 * pair, 2, even);
-  finish<T, R, K>(f, o, 2 * pair + 1, 2, odd);
+  each([&](int j, int k) SWCONV_INLINED {
+    const vector_t<T> even_a = inner[0][j][k], odd_a = a * inner[1][j][k];
+    const vector_t<T> even_b = even[j][k] + odd[j][k], odd_b = b * (even[j][k] - odd[j][k]);
+    even[j][k] = bias + even_a + even_b;
+    odd[j][k] = bias + odd_a / 2 + odd_b * 2;
+    inner[0][j][k] = bias + odd_a + odd_b;
+    inner[1][j][k] = bias + even_a / 2 + even_b * 2;
+  });
+  finish<T, R, K>(f, o, s + 1, kQuad, inner[0]);
+  finish<T, R, K>(f, o, s + 2, kQuad, inner[1]);
+  add_both(0, 5);
+  finish<T, R, K>(f, o, s, kQuad, even);
+  finish<T, R, K>(f, o, s + 3, kQuad, odd);
 }
 
-// Factor m of pair p on line r at origin + (m * pairs + p) * column + r * lanes; zeros before and behind every column.
+// Pixels seen along a strip.
 template <class T>
-struct Pairs {
-  static constexpr int64_t n = Lanes<T>::count, margin = kPairTaps;
-  int64_t pairs, column;
+struct View {
+  T* origin;
+  int64_t along, across;
+};
+
+// The factors of some quads: factor m of quad k on line r at origin + m * factor + k * column + r * lanes, with zeros before
+// and behind every column.
+template <class T>
+struct Factors {
+  static constexpr int64_t n = Lanes<T>::count, margin = kQuadTaps;
+  int64_t column, factor;
   Memory<T> memory;
   T* origin;
 
-  Pairs(int64_t size_along, int64_t size_across)
-      : pairs((size_across + 1) / 2), column((size_along + 2 * margin) * n), memory(4 * pairs * column),
-        origin(memory.data + margin * n) {}
+  Factors(int64_t along, int64_t quads)
+      : column((along + 2 * margin) * n), factor(quads * column), memory(kFactors * factor), origin(memory.data + margin * n) {}
 
-  void set(const T* in, int64_t along, int64_t across, int64_t size_along, int64_t size_across) {
-    for (int64_t p = 0; p < pairs; ++p) {
-      const T* x = in + 2 * p * across;
-      const int64_t next = 2 * p + 2 <= size_across ? 2 * across : across;  // zeros too, and there is no wider margin
-      T* to = origin + p * column;
-      for (int64_t r = 0; r < size_along; ++r, x += along, to += n) {
-        const vector_t<T> left = load(x - across), even = load(x), odd = load(x + across), right = load(x + next);
-        save(to, left - odd);
-        save(to + pairs * column, even + odd);
-        save(to + 2 * pairs * column, odd - even);
-        save(to + 3 * pairs * column, even - right);
+  // Of the inputs at s and `quads` quads from there on. False where one of the first `channels` lanes holds a value that is
+  // not finite: the factors would carry it to outputs that it does not reach.
+  template <class U>
+  bool inputs(const View<U>& in, int64_t s, int64_t quads, int64_t along, int64_t across, int64_t channels) {
+    vector_t<T> nothing{};
+    each<kFactors>(in, s - 1, quads, along, across, [&](const vector_t<T>(&x)[kFactors], vector_t<T>(&f)[kFactors]) SWCONV_INLINED {
+      Winograd<T>::inputs(x, f);
+      nothing += (f[0] + f[5]) * 0;
+    });
+    T sum = 0;
+    for (int64_t c = 0; c < channels; ++c) sum += nothing[c];
+    return sum == 0;
+  }
+
+  // Of the gradients, for the correlation.
+  template <class U>
+  void gradients(const View<U>& in, int64_t s, int64_t quads, int64_t along, int64_t across) {
+    each<kQuad>(in, s, quads, along, across, [](const vector_t<T>(&x)[kQuad], vector_t<T>(&f)[kFactors]) SWCONV_INLINED {
+      Winograd<T>::gradients(x, f);
+    });
+  }
+
+  // Calls body(N pixels across, their factors to fill) for every line of every quad.
+  template <int N, class U, class Body>
+  SWCONV_INLINE void each(const View<U>& in, int64_t s, int64_t quads, int64_t along, int64_t across, const Body& body) {
+    for (int64_t k = 0; k < quads; ++k, s += kQuad) {
+      const T* x[N];
+      for (int i = 0; i < N; ++i) x[i] = in.origin + least(s + i, across) * in.across;  // zeros at `across`, for all beyond
+      T* to = origin + k * column;
+      for (int64_t r = 0; r < along; ++r, to += n) {
+        vector_t<T> pixels[N], factors[kFactors];
+#pragma GCC unroll 8
+        for (int i = 0; i < N; ++i) pixels[i] = load(x[i] + r * in.along);
+        body(pixels, factors);
+#pragma GCC unroll 8
+        for (int m = 0; m < kFactors; ++m) save(to + m * factor, factors[m]);
       }
     }
   }
@@ -453,7 +548,7 @@ struct TileSize {
   int64_t rows, columns;
 };
 
-// The tile that covers a map of along x across pixels (or pairs) at the least cost. A line of input costs it the greater
+// The tile that covers a map of along x across pixels (or quads) at the least cost. A line of input costs it the greater
 // number of multiplications and of loads (taps are nearer than pixels), or waiting for the last sum; the tile, its stores.
 TileSize best_tile(int64_t along, int64_t across, int64_t length, int64_t sums) {
   const auto cost = [&](int64_t rows, int64_t columns) {
@@ -471,12 +566,15 @@ TileSize best_tile(int64_t along, int64_t across, int64_t length, int64_t sums) 
   return best;
 }
 
+// Rows of tiles one below the other, `columns` wide from s on.
 template <class Kind, class T>
-void cover(const Filter<T>& f, TileSize tile, int64_t across) {
+void column_of(const Filter<T>& f, int64_t rows, int64_t columns, int64_t s) {
   static constexpr Tiles<T, Kind> tiles{};
-  for (int64_t s = 0; s < across; s += tile.columns)
-    for (int64_t o = 0; o < f.size_along; o += tile.rows)
-      tiles.of[least(tile.rows, f.size_along - o) - 1][least(tile.columns, across - s) - 1](f, o, s);
+  for (int64_t o = 0; o < f.size_along; o += rows) tiles.of[least(rows, f.size_along - o) - 1][columns - 1](f, o, s);
+}
+template <class Kind, class T>
+void cover(const Filter<T>& f, TileSize tile, int64_t begin, int64_t end) {
+  for (int64_t s = begin; s < end; s += tile.columns) column_of<Kind>(f, tile.rows, least(tile.columns, end - s), s);
 }
 
 // sums[a][t] += sum_o sum_s grad[o, s] in[o + t - anchor, s + a - breadth / 2]: the adjoint of Filter in its taps.
@@ -544,33 +642,27 @@ void correlate(const Correlation<T>& c) {
       tiles.of[least(kTaps, c.length - t) - 1][least(kAcross, c.breadth - a) - 1](c, t, a);
 }
 
-// The same in pairs, for the four weights: the factors of the input against g0, g0 + g1, g0 - g1 and g1 of a pair of
-// gradients. The middle two are factors 1 and, with the other sign, 2 of the gradient's own pairs.
+// The same in quads: sums[m][t] += the sum over factor m of inputs and gradients.
 template <class T>
-struct PairCorrelation {
-  int64_t length, anchor, size_along, pairs;
-  const T *in, *grad;  // of Pairs
-  int64_t column;
-  const T* plain;  // the gradients themselves
-  int64_t along, across;
+struct QuadCorrelation {
+  int64_t length, anchor, size_along, quads;
+  const T *in, *grad;  // one layout, that of Factors
+  int64_t column, factor;
   T* sums;
 };
 
 template <class T, int R>
-void pair_correlation_tile(const PairCorrelation<T>& c, int64_t m, int64_t t, int64_t pairs) {
+void quad_correlation_tile(const QuadCorrelation<T>& c, int64_t m, int64_t t) {
   constexpr int64_t n = Lanes<T>::count;
   const int64_t begin = most(0, c.anchor - t - (R - 1)), end = least(c.size_along, c.size_along + c.anchor - t);
-  const bool plainly = m == 0 || m == 3;
-  const int64_t step = plainly ? c.along : n;
   vector_t<T> sum[R] = {};
-  for (int64_t p = 0; p < pairs; ++p) {
-    const T* x = c.in + (m * c.pairs + p) * c.column + (t - c.anchor) * n;
-    const T* g = plainly ? c.plain + (2 * p + m / 3) * c.across : c.grad + (m * c.pairs + p) * c.column;
+  for (int64_t k = 0; k < c.quads; ++k) {
+    const T *x = c.in + m * c.factor + k * c.column + (t - c.anchor) * n, *g = c.grad + m * c.factor + k * c.column;
     const auto add = [&](int64_t o, auto outputs) SWCONV_INLINED {
       constexpr int O = decltype(outputs)::value;
       vector_t<T> grad[O];
 #pragma GCC unroll 4
-      for (int q = 0; q < O; ++q) grad[q] = load(g + (o + q) * step);
+      for (int q = 0; q < O; ++q) grad[q] = load(g + (o + q) * n);
 #pragma GCC unroll 16
       for (int j = 0; j < R + O - 1; ++j) {
         const vector_t<T> pixel = load(x + (o + j) * n);
@@ -589,23 +681,22 @@ void pair_correlation_tile(const PairCorrelation<T>& c, int64_t m, int64_t t, in
 }
 
 template <class T>
-struct PairCorrelationTiles {
-  void (*of[kPairTaps])(const PairCorrelation<T>&, int64_t, int64_t, int64_t);
+struct QuadCorrelationTiles {
+  void (*of[kQuadTaps])(const QuadCorrelation<T>&, int64_t, int64_t);
 
-  constexpr PairCorrelationTiles() : of() { fill(std::make_index_sequence<kPairTaps>()); }
+  constexpr QuadCorrelationTiles() : of() { fill(std::make_index_sequence<kQuadTaps>()); }
   template <size_t... I>
   constexpr void fill(std::index_sequence<I...>) {
-    ((of[I] = pair_correlation_tile<T, I + 1>), ...);
+    ((of[I] = quad_correlation_tile<T, I + 1>), ...);
   }
 };
 
 template <class T>
-void correlate(const PairCorrelation<T>& c, int64_t size_across) {
-  static constexpr PairCorrelationTiles<T> tiles{};
-  const int64_t rows = (c.length - 1) / ((c.length - 1) / kPairTaps + 1) + 1;  // tiles of about one size
-  for (int64_t m = 0; m < 4; ++m)
-    for (int64_t t = 0; t < c.length; t += rows)
-      tiles.of[least(rows, c.length - t) - 1](c, m, t, m == 3 ? size_across / 2 : c.pairs);
+void correlate(const QuadCorrelation<T>& c) {
+  static constexpr QuadCorrelationTiles<T> tiles{};
+  const int64_t rows = (c.length - 1) / ((c.length - 1) / kQuadTaps + 1) + 1;  // tiles of about one size
+  for (int64_t m = 0; m < kFactors; ++m)
+    for (int64_t t = 0; t < c.length; t += rows) tiles.of[least(rows, c.length - t) - 1](c, m, t);
 }
 
 // ---- a task: a block of channels of some images
@@ -624,72 +715,73 @@ struct Plane {
   }
 };
 
-// Pixels seen along a strip.
-template <class T>
-struct View {
-  T* origin;
-  int64_t along, across;
-};
-
-// A strip of a layer, horizontal or tall, with room for the pairs of its input.
+// A strip of a layer, horizontal or tall, with room for the factors of a column of quads.
 template <class T>
 struct Part {
   int64_t size_along, size_across;
   bool tall, small;
   Strip<T> strip;
   TileSize tile;
-  Pairs<T> pairs;
+  Factors<T> factors;
 
   Part(const StripSizes& s, bool tall, const Shape& shape)
       : size_along(tall ? s.height : s.width), size_across(tall ? s.width : s.height), tall(tall),
-        small(shape.length <= shape.breadth && shape.anchor == shape.length / 2), strip(shape, size_along),
-        tile(strip.paired ? best_tile(size_along, (size_across + 1) / 2, strip.length, Paired::sums)
-                          : best_tile(size_along, size_across, strip.length, Plain::sums)),
-        pairs(room()) {}
+        small(shape.length <= shape.breadth && shape.anchor == shape.length / 2), strip(shape, size_along, size_across),
+        tile(strip.quads ? best_tile(size_along, quads(), strip.length, Quads::sums)
+                         : best_tile(size_along, size_across, strip.length, Plain::sums)),
+        factors(room()) {}
 
-  Pairs<T> room() const { return strip.paired ? Pairs<T>(size_along, size_across) : Pairs<T>(0, 0); }
+  int64_t quads() const { return (size_across + kQuad - 1) / kQuad; }
+  Factors<T> room() const { return strip.quads ? Factors<T>(size_along, tile.columns) : Factors<T>(0, 0); }
 
   template <class U>
   View<U> view(const Pixels<U>& p) const {
     return tall ? View<U>{p.origin, p.row, p.column} : View<U>{p.origin, p.column, p.row};
   }
 
-  void pair(const Pixels<T>& in, Pairs<T>& to) const {
-    const View<T> from = view(in);
-    if (strip.paired) to.set(from.origin, from.along, from.across, size_along, size_across);
+  // Calls body(first output, quads) for every column of quads: its factors stay in the nearest cache.
+  template <class Body>
+  void for_quads(const Body& body) const {
+    for (int64_t q = 0; q < quads(); q += tile.columns) body(q * kQuad, least(tile.columns, quads() - q));
   }
 
-  // out = the strip of `in`, whose pairs are there, + bias + plus; either may be null.
-  void filter(const Pixels<T>& in, const Pixels<T>& out, int64_t anchor, const T* bias, const Pixels<T>* plus) const {
+  // out = the strip of `in` + bias + plus; either may be null. Of the lanes, the first `channels` count.
+  void filter(const Pixels<T>& in, const Pixels<T>& out, int64_t anchor, const T* bias, const Pixels<T>* plus,
+              int64_t channels) {
     const View<T> from = view(in), to = view(out), more = plus ? view(*plus) : View<T>{nullptr, 0, 0};
     Filter<T> f{strip.length, strip.breadth, anchor, size_along, size_across, strip.taps.data, from.origin, from.along,
                 from.across, to.origin, to.along, to.across, bias, more.origin, more.along, more.across};
-    if (strip.paired) {
-      f.in = pairs.origin, f.in_along = pairs.column, f.in_across = pairs.pairs;
-      cover<Paired>(f, tile, pairs.pairs);
-    } else if (small) {
-      cover<Small>(f, tile, size_across);
-    } else {
-      cover<Plain>(f, tile, size_across);
-    }
+    if (!strip.quads) return small ? cover<Small>(f, tile, 0, size_across) : cover<Plain>(f, tile, 0, size_across);
+    for_quads([&](int64_t s, int64_t quads) {
+      Filter<T> g = f;
+      if (factors.inputs(from, s, quads, size_along, size_across, channels)) {
+        g.in = factors.origin, g.in_along = factors.column, g.in_across = factors.factor;
+        column_of<Quads>(g, tile.rows, quads, s);
+      } else {
+        g.taps = strip.plain_taps();
+        cover<Plain>(g, {kRows, 1}, s, least(s + quads * kQuad, size_across));
+      }
+    });
   }
-  void forward(const Pixels<T>& in, const Pixels<T>& out, const T* bias = nullptr, const Pixels<T>* plus = nullptr) {
-    pair(in, pairs);
-    filter(in, out, strip.anchor, bias, plus);
+  void forward(const Pixels<T>& in, const Pixels<T>& out, int64_t channels, const T* bias = nullptr,
+               const Pixels<T>* plus = nullptr) {
+    filter(in, out, strip.anchor, bias, plus, channels);
   }
 
-  // The adjoint: out = the turned strip of grad (+ plus), and what the taps' gradients gain, beside `x` in pairs.
-  void backward(const Pixels<T>& in, const Pairs<T>& x, const Pixels<T>& grad, const Pixels<T>& out,
-                const Pixels<T>* plus, T* sums) {
-    pair(grad, pairs);
-    const View<T> from = view(in), g = view(grad);
-    if (strip.paired)
-      correlate<T>({strip.length, strip.anchor, size_along, pairs.pairs, x.origin, pairs.origin, pairs.column, g.origin,
-                    g.along, g.across, sums}, size_across);
-    else
-      correlate<T>({strip.length, strip.breadth, strip.anchor, size_along, size_across, from.origin, g.origin, g.along,
-                    g.across, sums});
-    filter(grad, out, strip.length - 1 - strip.anchor, nullptr, plus);
+  // The adjoint: out = the turned strip of grad (+ plus), and what the taps' gradients gain; `other` is room as well.
+  void backward(const Pixels<T>& in, const Pixels<T>& grad, const Pixels<T>& out, int64_t channels, const Pixels<T>* plus,
+                Factors<T>& other, T* sums) {
+    filter(grad, out, strip.length - 1 - strip.anchor, nullptr, plus, channels);
+    const View<T> x = view(in), g = view(grad);
+    if (!strip.quads)
+      return correlate<T>(Correlation<T>{strip.length, strip.breadth, strip.anchor, size_along, size_across, x.origin,
+                                         g.origin, g.along, g.across, sums});
+    for_quads([&](int64_t s, int64_t quads) {
+      factors.inputs(x, s, quads, size_along, size_across, channels);
+      other.gradients(g, s, quads, size_along, size_across);
+      correlate<T>(QuadCorrelation<T>{strip.length, strip.anchor, size_along, quads, factors.origin, other.origin,
+                                      factors.column, factors.factor, sums});
+    });
   }
 };
 
@@ -746,9 +838,9 @@ void branches(const StripSizes& s, const T* x, const T* kernel_h, const T* kerne
     for (Part<T>* part : {&w.h, &w.v, &w.c}) part->strip.lay(false);
     for (int64_t image = w.begin; image < w.end; ++image) {
       copy_in<T>(w.block(x, image), w.in.pixels);
-      w.write(h, image, [&](const Pixels<T>& out) { w.h.forward(w.in.pixels, out); });
-      w.write(v, image, [&](const Pixels<T>& out) { w.v.forward(w.in.pixels, out); });
-      w.write(i, image, [&](const Pixels<T>& out) { w.c.forward(w.in.pixels, out); });
+      w.write(h, image, [&](const Pixels<T>& out) { w.h.forward(w.in.pixels, out, w.channels); });
+      w.write(v, image, [&](const Pixels<T>& out) { w.v.forward(w.in.pixels, out, w.channels); });
+      w.write(i, image, [&](const Pixels<T>& out) { w.c.forward(w.in.pixels, out, w.channels); });
     }
   }
 }
@@ -766,9 +858,9 @@ void mix(const StripSizes& s, const T* x, const T* kernel_h, const T* kernel_v, 
     for (int64_t c = 0; bias && c < w.channels; ++c) shift.data[c] = bias[w.channel + c];
     for (int64_t image = w.begin; image < w.end; ++image) {
       copy_in<T>(w.block(x, image), in);
-      w.v.forward(in, sum, shift.data);
-      if (!absorbed) w.c.forward(in, sum, nullptr, &sum);
-      w.write(y, image, [&](const Pixels<T>& out) { w.h.forward(in, out, nullptr, &sum); });
+      w.v.forward(in, sum, w.channels, shift.data);
+      if (!absorbed) w.c.forward(in, sum, w.channels, nullptr, &sum);
+      w.write(y, image, [&](const Pixels<T>& out) { w.h.forward(in, out, w.channels, nullptr, &sum); });
     }
   }
 }
@@ -782,7 +874,7 @@ void backward(const StripSizes& s, const T* grad_h, const T* grad_v, const T* gr
   struct {
     const T* grad;
     Part<T>& part;
-    Pairs<T> x;
+    Factors<T> room;
     Memory<T> sums;
   } parts[] = {{grad_h, w.h, w.h.room(), Memory<T>(w.h.strip.size_of_taps())},
                {grad_v, w.v, w.v.room(), Memory<T>(w.v.strip.size_of_taps())},
@@ -799,9 +891,8 @@ void backward(const StripSizes& s, const T* grad_h, const T* grad_v, const T* gr
       for (auto& part : parts) {
         if (part.grad != there) copy_in<T>(w.block(part.grad, image), grad.pixels);
         there = part.grad;
-        part.part.pair(in, part.x);
         const auto back = [&](const Pixels<T>& out) {
-          part.part.backward(in, part.x, grad.pixels, out, &part == parts ? nullptr : &sum, part.sums.data);
+          part.part.backward(in, grad.pixels, out, w.channels, &part == parts ? nullptr : &sum, part.room, part.sums.data);
         };
         if (&part == std::end(parts) - 1)
           w.write(grad_x, image, back);

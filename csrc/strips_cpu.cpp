@@ -119,11 +119,12 @@ struct Pixels {
   }
 };
 
-// Where a block of channels of one image lies in a tensor: channel c of pixel p at data[c * channel + p * pixel].
+// Where a block of channels of one image lies in a tensor: channel c of pixel p at data[c * channel + p * pixel]. The block
+// that will be needed next lies `next` behind it, and is fetched on the way.
 template <class T>
 struct Block {
   T* data;
-  int64_t channel, pixel, channels, pixels;
+  int64_t channel, pixel, channels, pixels, next = 0;
 
   // Of the pixels, so many from the first on lie before the block's end with a whole vector each. Where the block is
   // narrower than a vector, the lanes left over hold what comes next, and nobody uses them.
@@ -139,11 +140,18 @@ void copy_in(const Block<const T>& from, const Pixels<T>& to) {
   int64_t done = 0;
   if (from.channel == 1) {
     done = from.readable();
-    to.walk(0, done, [&](T* at, int64_t p) { save(at, load(from.data + p * from.pixel)); });
+    to.walk(0, done, [&](T* at, int64_t p) {
+      __builtin_prefetch(from.data + p * from.pixel + from.next, 0, 2);
+      save(at, load(from.data + p * from.pixel));
+    });
   } else if (from.pixel == 1) {
     for (; done + n <= from.pixels; done += n) {
       vector_t<T> square[n];
-      for (int64_t c = 0; c < n; ++c) square[c] = load(from.data + least(c, from.channels - 1) * from.channel + done);
+      for (int64_t c = 0; c < n; ++c) {
+        const T* pixels = from.data + least(c, from.channels - 1) * from.channel + done;
+        __builtin_prefetch(pixels + from.next, 0, 2);
+        square[c] = load(pixels);
+      }
       transpose<T>(square);
       to.walk(done, n, [&](T* at, int64_t i) { save(at, square[i]); });
     }
@@ -162,7 +170,11 @@ void copy_out(const Pixels<T>& from, const Block<T>& to) {
       vector_t<T> square[n];
       from.walk(done, n, [&](const T* at, int64_t i) { square[i] = load(at); });
       transpose<T>(square);
-      for (int64_t c = 0; c < to.channels; ++c) save(to.data + c * to.channel + done, square[c]);
+      for (int64_t c = 0; c < to.channels; ++c) {
+        T* pixels = to.data + c * to.channel + done;
+        __builtin_prefetch(pixels + to.next, 1, 2);
+        save(pixels, square[c]);
+      }
     }
   }
   from.walk(done, to.pixels - done, [&](const T* at, int64_t i) {
@@ -814,9 +826,9 @@ struct Worker {
 
   template <class U>
   Block<U> block(U* tensor, int64_t image) const {
-    const int64_t pixels = s.height * s.width;
-    return {tensor + image * s.channels * pixels + channel * s.channel_step, s.channel_step, s.pixel_step, channels,
-            pixels};
+    const int64_t pixels = s.height * s.width, map = s.channels * pixels;
+    const int64_t next = image + 1 < end ? map : (begin - image) * map + n * s.channel_step;
+    return {tensor + image * map + channel * s.channel_step, s.channel_step, s.pixel_step, channels, pixels, next};
   }
 
   // Calls body(pixels to write) and sees to it that what it writes is in the tensor.

@@ -113,9 +113,24 @@ struct Pixels {
     T* at = origin + p / width * row + x * column;
     for (int64_t i = 0; i < count; ++i) {
       body(at, i);
-      at += column;
-      if (++x == width) x = 0, at += row - width * column;
+      step(at, x);
     }
+  }
+  // The same for a square's pixels, so that vectors numbered by the pixels stay in registers.
+  template <class Body>
+  SWCONV_INLINE void walk_square(int64_t p, const Body& body) const {
+    int64_t x = p % width;
+    T* at = origin + p / width * row + x * column;
+#pragma GCC unroll 16
+    for (int i = 0; i < Lanes<T>::count; ++i) {
+      body(at, i);
+      step(at, x);
+    }
+  }
+  SWCONV_INLINE void step(T*& at, int64_t& x) const {
+    const bool last = x + 1 == width;
+    at += last ? row - (width - 1) * column : column;
+    x = last ? 0 : x + 1;
   }
 };
 
@@ -134,6 +149,7 @@ struct Block {
   }
 };
 
+// Squares cover the pixels where there are enough for one: the last square goes over pixels of the one before again.
 template <class T>
 void copy_in(const Block<const T>& from, const Pixels<T>& to) {
   constexpr int64_t n = Lanes<T>::count;
@@ -145,15 +161,17 @@ void copy_in(const Block<const T>& from, const Pixels<T>& to) {
       save(at, load(from.data + p * from.pixel));
     });
   } else if (from.pixel == 1) {
-    for (; done + n <= from.pixels; done += n) {
+    for (; from.pixels >= n && done < from.pixels; done += n) {
+      const int64_t first = least(done, from.pixels - n);
       vector_t<T> square[n];
+#pragma GCC unroll 16
       for (int64_t c = 0; c < n; ++c) {
-        const T* pixels = from.data + least(c, from.channels - 1) * from.channel + done;
+        const T* pixels = from.data + least(c, from.channels - 1) * from.channel + first;
         __builtin_prefetch(pixels + from.next, 0, 2);
         square[c] = load(pixels);
       }
       transpose<T>(square);
-      to.walk(done, n, [&](T* at, int64_t i) { save(at, square[i]); });
+      to.walk_square(first, [&](T* at, int i) SWCONV_INLINED { save(at, square[i]); });
     }
   }
   to.walk(done, from.pixels - done, [&](T* at, int64_t i) {
@@ -166,12 +184,15 @@ void copy_out(const Pixels<T>& from, const Block<T>& to) {
   constexpr int64_t n = Lanes<T>::count;
   int64_t done = 0;
   if (to.pixel == 1) {
-    for (; done + n <= to.pixels; done += n) {
+    for (; to.pixels >= n && done < to.pixels; done += n) {
+      const int64_t first = least(done, to.pixels - n);
       vector_t<T> square[n];
-      from.walk(done, n, [&](const T* at, int64_t i) { square[i] = load(at); });
+      from.walk_square(first, [&](const T* at, int i) SWCONV_INLINED { square[i] = load(at); });
       transpose<T>(square);
-      for (int64_t c = 0; c < to.channels; ++c) {
-        T* pixels = to.data + c * to.channel + done;
+#pragma GCC unroll 16
+      for (int64_t c = 0; c < n; ++c) {
+        if (c >= to.channels) break;
+        T* pixels = to.data + c * to.channel + first;
         __builtin_prefetch(pixels + to.next, 1, 2);
         save(pixels, square[c]);
       }

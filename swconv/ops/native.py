@@ -46,6 +46,12 @@ def strip_engine(x: Tensor) -> str:
     return name
 
 
+def layout(x: Tensor) -> torch.memory_format:
+    """channels_last where x is laid out so and not also contiguous."""
+    last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
 def library_sha256() -> str | None:
     """SHA-256 of the library that `available` loads; None where there is none."""
     return hashlib.sha256(LIBRARY.read_bytes()).hexdigest() if available() else None
@@ -90,9 +96,10 @@ def _register_toeplitz() -> None:
          f"Tensor grad_h, Tensor grad_v, Tensor grad_i, Tensor x, {strips}, int anchor_h, int anchor_v",
          "(Tensor, Tensor, Tensor, Tensor)"),
     ):
-        op = torch.library.custom_op(f"swconv::toeplitz_{name}", function, mutates_args=(), device_types="cuda",
-                                     schema=f"({arguments}) -> {results}")
-        op.register_fake(fake)
+        op = f"swconv::toeplitz_{name}"
+        torch.library.define(op, f"({arguments}) -> {results}", tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.impl(op, "cuda", function)
+        torch.library.register_fake(op, fake)
     _register_strip_gradients("toeplitz")
 
 
@@ -184,24 +191,22 @@ def _assemble_backward(ctx, grad_h, grad_v, grad_c):
 # ---- strip form
 
 
-def _empty_in_format_of(x):
-    """What the operators return for x: channels_last where x is laid out so and not also contiguous."""
-    if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
-        return torch.empty_like(x, memory_format=torch.channels_last)
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def _empty_like(x):
+    """What the operators return for x: on the CPU in its layout, else contiguous."""
+    return torch.empty_like(x, memory_format=layout(x) if x.device.type == "cpu" else torch.contiguous_format)
 
 
 def _fake_strip_branches(x, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v):
-    return _empty_in_format_of(x), _empty_in_format_of(x), _empty_in_format_of(x)
+    return _empty_like(x), _empty_like(x), _empty_like(x)
 
 
 def _fake_strip_mix(x, kernel_h, kernel_v, kernel_c, bias, anchor_h, anchor_v):
-    return _empty_in_format_of(x)
+    return _empty_like(x)
 
 
 def _fake_strip_branches_backward(grad_h, grad_v, grad_i, x, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v):
     kernels = (torch.empty_like(k, memory_format=torch.contiguous_format) for k in (kernel_h, kernel_v, kernel_c))
-    return _empty_in_format_of(x), *kernels
+    return _empty_like(x), *kernels
 
 
 def _save_strip_branches(ctx, inputs, output):
@@ -217,6 +222,7 @@ def _register_strip_gradients(engine: str) -> None:
         return *adjoint(grad_h, grad_v, grad_i, *ctx.saved_tensors, ctx.anchor_h, ctx.anchor_v), None, None
 
     def mix_backward(ctx, grad):
+        grad = grad.contiguous() if grad.is_cuda else grad            # one copy, so that the three are still one tensor
         grads = adjoint(grad, grad, grad, *ctx.saved_tensors, ctx.anchor_h, ctx.anchor_v)
         return *grads, grad.sum((0, 2, 3)) if ctx.with_bias else None, None, None
 

@@ -61,7 +61,8 @@ def strip_branches(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Depthwise convolution with a horizontal strip, a vertical strip and a small centred kernel.
 
-    Under autocast on a GPU it computes in autocast's dtype; elsewhere in that of x, to which the kernels are rounded.
+    Under autocast on a GPU it computes in autocast's dtype; elsewhere in that of x, to which the kernels are rounded. On a
+    GPU the engines work on contiguous maps: channels_last is converted on the way in and out.
 
     Parameters
     ----------
@@ -83,13 +84,17 @@ def strip_branches(
         When the kernels do not fit x or each other, or lie on another device, or x is not floating point.
     """
     anchors = _check(x, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v)
+    layout = native.layout(x)
     x, *kernels = _operands(x, kernel_h, kernel_v, kernel_c)
     match native.strip_engine(x):
         case "compiled":
-            return torch.ops.swconv.strip_branches(x, *kernels, *anchors)
+            parts = torch.ops.swconv.strip_branches.default(x, *kernels, *anchors)
         case "toeplitz":
-            return torch.ops.swconv.toeplitz_branches(x, *kernels, *anchors)
-    return strip_branches_ref(x, *kernels, *anchors)
+            parts = torch.ops.swconv.toeplitz_branches.default(x, *kernels, *anchors)
+        case _:
+            parts = strip_branches_ref(x, *kernels, *anchors)
+    h, v, i = (part.contiguous(memory_format=layout) for part in parts)
+    return h, v, i
 
 
 def strip_mix(
@@ -103,15 +108,18 @@ def strip_mix(
 ) -> Tensor:
     """Sum of the three parts of `strip_branches`, plus a bias of shape (C,): one plus-shaped depthwise convolution."""
     anchors = _check(x, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v, bias)
+    layout = native.layout(x)
     x, *kernels = _operands(x, kernel_h, kernel_v, kernel_c)
     bias = bias if bias is None else bias.to(x.dtype)
     match native.strip_engine(x):
         case "compiled":
-            return torch.ops.swconv.strip_mix(x, *kernels, bias, *anchors)
+            y = torch.ops.swconv.strip_mix.default(x, *kernels, bias, *anchors)
         case "toeplitz":
-            return torch.ops.swconv.toeplitz_mix(x, *kernels, bias, *anchors)
-    y = sum(strip_branches_ref(x, *kernels, *anchors))
-    return y if bias is None else y + bias[:, None, None]
+            y = torch.ops.swconv.toeplitz_mix.default(x, *kernels, bias, *anchors)
+        case _:
+            y = sum(strip_branches_ref(x, *kernels, *anchors))
+            y = y if bias is None else y + bias[:, None, None]
+    return y.contiguous(memory_format=layout)
 
 
 def strip_branches_ref(
@@ -156,10 +164,12 @@ def half_border(x: Tensor, kernel_h: Tensor, extent: int) -> Tensor:
 
 
 def _operands(x: Tensor, *kernels: Tensor) -> tuple[Tensor, ...]:
-    """x and the kernels in the one dtype to compute in."""
-    on_gpu = x.is_cuda and torch.is_autocast_enabled("cuda")
-    dtype = torch.get_autocast_dtype("cuda") if on_gpu else x.dtype
-    return x.to(dtype), *(kernel.to(dtype) for kernel in kernels)
+    """x and the kernels in the one dtype to compute in; on a GPU x contiguous, by the same copy."""
+    dtype = x.dtype
+    if x.is_cuda:
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else dtype
+        x = x.to(dtype, memory_format=torch.contiguous_format)
+    return x, *(kernel if kernel.dtype == dtype else kernel.to(dtype) for kernel in kernels)
 
 
 def _check(

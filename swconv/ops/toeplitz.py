@@ -9,13 +9,13 @@ T the lines' matrices (the strips themselves: csrc/swconv.h):
 and the gradient of the taps of one line is the sums along the diagonals of X[y + dy, :]^T grad_h. Sums are in float32, each
 in one order, so a call repeats bit for bit. Zeros of the matrices are multiplied, too: an infinity or NaN in x spreads along
 its row and column beyond the reach of the taps.
-
-Not yet run on a GPU: run in Triton's interpreter, and compiled for sm_80 and sm_90.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,10 +26,13 @@ try:
 except ImportError:                      # torch without CUDA comes without Triton; `takes` is then False
     triton = None
 
-jit = triton.jit if triton else lambda kernel: kernel
+# Compiled once for all sizes, not anew for those that are 1 or a multiple of 16.
+jit = functools.partial(triton.jit, do_not_specialize=("images", "height", "width", "length", "length_h", "length_v", "anchor",
+    "anchor_h", "anchor_v", "before", "share")) if triton else lambda kernel: kernel
 
 PROGRAMS = 1024                          # what a launch is cut into, at least: some for each of 100 to 150 multiprocessors
-BANDS = 80 * 1024                        # bytes of matrices that one program may hold; the least GPU meant has 99 KiB
+ROOM = 99 * 1024                         # bytes of shared memory that a program may have on every GPU meant
+TILES = 19 * 1024                        # of which this is kept for its tiles; the rest holds matrices
 
 
 def takes(dtype: torch.dtype) -> bool:
@@ -46,7 +49,7 @@ def strip_branches(
     Parameters
     ----------
     x : Tensor of shape (B, C, H, W)
-        bfloat16, float16, or float32 (multiplied as TF32).
+        bfloat16, float16, or float32 (multiplied as TF32). Copied if it is not contiguous.
     kernel_h, kernel_v, kernel_c : Tensor of shape (C, 1, N, L), (C, 1, L, N) and (C, 1, S, S)
         N and S are odd. Rounded to x's dtype.
     anchor_h, anchor_v : int
@@ -55,11 +58,10 @@ def strip_branches(
     Returns
     -------
     h, v, i : Tensor of shape (B, C, H, W)
-        In x's dtype, and channels_last where x is laid out so and not also contiguous.
+        In x's dtype, contiguous.
     """
-    layout = _layout(x)
-    x = x.contiguous(memory_format=layout)
-    h, v, i = (torch.empty_like(x, memory_format=layout) for _ in range(3))
+    x = x.contiguous()
+    h, v, i = (torch.empty_like(x) for _ in range(3))
     _convolve((x, x, x), (kernel_h, kernel_v, kernel_c), (anchor_h, anchor_v), (h, v, i))
     return h, v, i
 
@@ -68,9 +70,8 @@ def strip_mix(
     x: Tensor, kernel_h: Tensor, kernel_v: Tensor, kernel_c: Tensor, bias: Tensor | None, anchor_h: int, anchor_v: int
 ) -> Tensor:
     """Sum of the three parts of `strip_branches`, plus a bias of shape (C,), rounded once."""
-    layout = _layout(x)
-    x = x.contiguous(memory_format=layout)
-    y = torch.empty_like(x, memory_format=layout)
+    x = x.contiguous()
+    y = torch.empty_like(x)
     _convolve((x, x, x), (kernel_h, kernel_v, kernel_c), (anchor_h, anchor_v), (y,), bias)
     return y
 
@@ -91,49 +92,27 @@ def strip_branches_backward(
     Parameters
     ----------
     grad_h, grad_v, grad_i : Tensor of shape (B, C, H, W)
-        In x's dtype.
+        In x's dtype. Copied where they are not contiguous.
     x, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v
         As for `strip_branches`.
 
     Returns
     -------
     grad_x : Tensor of shape (B, C, H, W)
-        In x's dtype and memory format.
+        In x's dtype, contiguous.
     grad_kernel_h, grad_kernel_v, grad_kernel_c : Tensor of shape (C, 1, N, L), (C, 1, L, N) and (C, 1, S, S)
         In the kernels' dtypes.
     """
-    layout = _layout(x)
-    grad_h, grad_v, grad_i, x = (maps.contiguous(memory_format=layout) for maps in (grad_h, grad_v, grad_i, x))
-    grad_x = torch.empty_like(x, memory_format=layout)
+    grad_h, grad_v, grad_i, x = (maps.contiguous() for maps in (grad_h, grad_v, grad_i, x))
+    grad_x = torch.empty_like(x)
     _convolve((grad_h, grad_v, grad_i), (kernel_h, kernel_v, kernel_c), (anchor_h, anchor_v), (grad_x,), sign=-1)
     grad_kernel_h = _correlate(x, grad_h, kernel_h, anchor_h)
-    grad_kernel_v = _correlate(x.mT, grad_v.mT, kernel_v.mT, anchor_v).mT.contiguous()
+    grad_kernel_v = _correlate(x, grad_v, kernel_v, anchor_v, upright=True)
     grad_kernel_c = _correlate(x, grad_i, kernel_c, kernel_c.shape[3] // 2)
     return grad_x, grad_kernel_h, grad_kernel_v, grad_kernel_c
 
 
 # ---- launches
-
-
-def _layout(x: Tensor) -> torch.memory_format:
-    """The one layout of all maps of a call: channels_last where x is that and not also contiguous."""
-    last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last else torch.contiguous_format
-
-
-def _align(x: Tensor) -> tuple[int, ...]:
-    """What height, width and strides are multiples of, at most a load of 16 bytes. (By itself Triton sees 16 or nothing.)"""
-    return tuple(math.gcd(size, 16 // x.element_size()) for size in (*x.shape[2:], *x.stride()))
-
-
-def _side(extent: int, most: int) -> int:
-    """Side of a tile, a power of two. The products want 16 at least; an axis longer than the most is cut."""
-    return min(max(triton.next_power_of_2(extent), 16), most)
-
-
-def _pitch(extent: int, rows: int) -> int:
-    """Rows of a tile that belong to one image. A tile with more of them holds several images."""
-    return min(triton.next_power_of_2(extent), rows)
 
 
 def _convolve(
@@ -148,69 +127,111 @@ def _convolve(
     x = inputs[0]
     if x.numel() == 0:
         return
-    images, channels, height, width = x.shape
     kernel_h, kernel_v, kernel_c = (kernel.contiguous() for kernel in kernels)
-    breadth_h, length_h, length_v, breadth_v, small = *kernel_h.shape[2:], *kernel_v.shape[2:], kernel_c.shape[2]
-    joint = len(outputs) == 1
-    fold = joint and inputs[0] is inputs[1] is inputs[2]
-    fold = fold and small <= breadth_h and small // 2 <= anchors[0] < length_h - small // 2
+    sizes = (*kernel_h.shape[2:], *kernel_v.shape[2:], kernel_c.shape[2])
+    same = len(outputs) == 1 and inputs[0] is inputs[1] is inputs[2]
+    grid, numbers, constants = _convolution(*x.shape, x.element_size(), _room(x.get_device()), *sizes, *anchors, same, PROGRAMS)
+    with torch.cuda.device_of(x):
+        convolve_kernel[grid](*inputs, *(outputs * 3)[:3], kernel_h, kernel_v, kernel_c, bias, *numbers, SIGN=sign,
+                              JOINT=len(outputs) == 1, **constants)
+
+
+@functools.lru_cache(maxsize=1024)
+def _convolution(
+    images: int, channels: int, height: int, width: int, itemsize: int, room: int, breadth_h: int, length_h: int,
+    length_v: int, breadth_v: int, small: int, anchor_h: int, anchor_v: int, same: bool, programs: int,
+) -> tuple[tuple[int, int, int], tuple[int, ...], dict[str, Any]]:
+    """The grid of a `convolve_kernel`, its numbers and its constants. `same`: one map for all inputs, one output."""
+    fold = same and small <= breadth_h and small // 2 <= anchor_h < length_h - small // 2
     rows, cols = _side(height, 64), _side(width, 64)
     bands = breadth_h * cols**2 + breadth_v * rows**2 + (0 if fold else small * cols**2)
-    hold = height <= rows and width <= cols and bands * x.element_size() <= BANDS
+    hold = height <= rows and width <= cols and bands * itemsize <= room - TILES
     if not hold:
         rows, cols = _side(height, 32), _side(width, 32)
     pitch = _pitch(height, rows)
     tiles = triton.cdiv(height, rows) * triton.cdiv(width, cols)
     groups = triton.cdiv(images, rows // pitch)
-    share = min(max(channels * tiles * groups // PROGRAMS, 1), 32)
-    with torch.cuda.device_of(x):
-        convolve_kernel[channels, tiles, triton.cdiv(groups, share)](
-            *inputs, *(outputs * 3)[:3], kernel_h, kernel_v, kernel_c, bias, images, height, width, *x.stride(),
-            length_h, length_v, *anchors, share, BREADTH_H=breadth_h, BREADTH_V=breadth_v, SMALL=small, SIGN=sign,
-            JOINT=joint, FOLD=fold, HOLD=hold, ROWS=rows, COLS=cols, PITCH=pitch, ALIGN=_align(x),
-            num_warps=max(rows, cols) // 8, num_stages=1,
-        )
+    share = min(max(channels * tiles * groups // programs, 1), 32)
+    grid = channels, tiles, triton.cdiv(groups, share)
+    numbers = images, height, width, length_h, length_v, anchor_h, anchor_v, share
+    return grid, numbers, {
+        "BREADTH_H": breadth_h, "BREADTH_V": breadth_v, "SMALL": small, "FOLD": fold, "HOLD": hold, "ROWS": rows,
+        "COLS": cols, "PITCH": pitch, "ALIGN": _align(width, itemsize), "num_warps": _warps(rows, cols), "num_stages": 1,
+    }
 
 
-def _correlate(x: Tensor, grad: Tensor, kernel: Tensor, anchor: int) -> Tensor:
-    """Gradient of a horizontal strip, or, all three transposed, of a vertical one."""
-    images, channels, height, width = x.shape
-    breadth, length = kernel.shape[2:]
+def _correlate(x: Tensor, grad: Tensor, kernel: Tensor, anchor: int, upright: bool = False) -> Tensor:
+    """Gradient of a horizontal strip, or of an upright one."""
     if x.numel() == 0:
         return kernel.new_zeros(kernel.shape)
-    side, rows = _side(width, 64), 32
-    pitch = _pitch(height, rows)
-    blocks, tiles, groups = triton.cdiv(width, side), triton.cdiv(height, rows), triton.cdiv(images, rows // pitch)
+    breadth, length = kernel.shape[:1:-1] if upright else kernel.shape[2:]
+    grid, numbers, constants = _correlation(*x.shape, x.element_size(), breadth, length, anchor, upright, PROGRAMS)
+    partial = torch.zeros(grid[1] * grid[2], *kernel.shape, dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        correlate_kernel[grid](x, grad, partial, *numbers, **constants)
+    return partial.sum(0).to(kernel.dtype)
+
+
+@functools.lru_cache(maxsize=1024)
+def _correlation(
+    images: int, channels: int, height: int, width: int, itemsize: int, breadth: int, length: int, anchor: int,
+    upright: bool, programs: int,
+) -> tuple[tuple[int, int, int], tuple[int, ...], dict[str, Any]]:
+    """The grid of a `correlate_kernel`, its numbers and its constants."""
+    along, across = (height, width) if upright else (width, height)
+    side, rows = _side(along, 64), 32
+    pitch = _pitch(across, rows)
+    blocks, tiles, groups = triton.cdiv(along, side), triton.cdiv(across, rows), triton.cdiv(images, rows // pitch)
     before = min(triton.cdiv(anchor, side), blocks - 1)
     after = min(triton.cdiv(length - 1 - anchor, side), blocks - 1)
     shifts, work = before + 1 + after, groups * tiles * blocks
-    share = max(channels * shifts * work // PROGRAMS, 1)
-    chunks = triton.cdiv(work, share)
-    partial = torch.zeros(chunks * shifts, channels, 1, breadth, length, dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
-        correlate_kernel[channels, shifts, chunks](
-            x, grad, partial, images, height, width, *x.stride(), length, anchor, before, tiles, blocks, work, share,
-            BREADTH=breadth, SIDE=side, ROWS=rows, PITCH=pitch, ALIGN=_align(x), num_warps=side // 8, num_stages=1,
-        )
-    return partial.sum(0).to(kernel.dtype)
+    share = max(channels * shifts * work // programs, 1)
+    grid, numbers = (channels, shifts, triton.cdiv(work, share)), (images, height, width, length, anchor, before, share)
+    return grid, numbers, {
+        "BREADTH": breadth, "UPRIGHT": upright, "SIDE": side, "ROWS": rows, "PITCH": pitch,
+        "ALIGN": _align(width, itemsize), "num_warps": max(side // 16, 1), "num_stages": 1,
+    }
+
+
+@functools.cache
+def _room(device: int) -> int:
+    """Bytes of shared memory that a program may have on a GPU; -1 is none."""
+    return ROOM if device < 0 else torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def _side(extent: int, most: int) -> int:
+    """Side of a tile, a power of two. The products want 16 at least; an axis longer than the most is cut."""
+    return min(max(triton.next_power_of_2(extent), 16), most)
+
+
+def _pitch(extent: int, rows: int) -> int:
+    """Rows of a tile that belong to one image. A tile with more of them holds several images."""
+    return min(triton.next_power_of_2(extent), rows)
+
+
+def _align(width: int, itemsize: int) -> int:
+    """What the width is a multiple of, at most a load of 16 bytes."""
+    return math.gcd(width, 16 // itemsize)
+
+
+def _warps(rows: int, cols: int) -> int:
+    return max(rows * cols // 1024, 1)
 
 
 # ---- kernels. A tile is rows x columns of one channel, PITCH rows of each of ROWS // PITCH images.
 
 
 @jit
-def _plane(group, channel, images, shape, steps, ROWS: tl.constexpr, PITCH: tl.constexpr, ALIGN: tl.constexpr):
-    """A tile's channel in its group of images: where it begins, and by row the way to its image and if there is one."""
-    height = shape[0] // ALIGN[0] * ALIGN[0]
-    width = shape[1] // ALIGN[1] * ALIGN[1]
-    image_step = steps[0] // ALIGN[2] * ALIGN[2]
-    channel_step = steps[1] // ALIGN[3] * ALIGN[3]
-    row_step = steps[2] // ALIGN[4] * ALIGN[4]
-    pixel_step = steps[3] // ALIGN[5] * ALIGN[5]
+def _plane(group, channel, images, height, width, ROWS: tl.constexpr, PITCH: tl.constexpr, UPRIGHT: tl.constexpr):
+    """A tile's channel in its group of images: where it begins, by row the way to its image and if there is one; then the
+    map's height, width, and steps from row to row and column to column. UPRIGHT: all seen transposed."""
     slot = tl.arange(0, ROWS) // PITCH
     first = group * (ROWS // PITCH)
-    begin = first.to(tl.int64) * image_step + channel * channel_step
-    return begin, slot * image_step, slot < images - first, height, width, row_step, pixel_step
+    step = tl.num_programs(0) * height * width
+    begin = first.to(tl.int64) * step + channel * height * width
+    if UPRIGHT:
+        return begin, slot * step, slot < images - first, width, height, 1, width
+    return begin, slot * step, slot < images - first, height, width, width, 1
 
 
 @jit
@@ -321,7 +342,7 @@ def _vertical(
 @jit
 def convolve_kernel(
     x_h, x_v, x_c, y_h, y_v, y_c, kernel_h, kernel_v, kernel_c, bias,
-    images, height, width, image_step, channel_step, row_step, pixel_step, length_h, length_v, anchor_h, anchor_v, share,
+    images, height, width, length_h, length_v, anchor_h, anchor_v, share,
     BREADTH_H: tl.constexpr, BREADTH_V: tl.constexpr, SMALL: tl.constexpr, SIGN: tl.constexpr,
     JOINT: tl.constexpr, FOLD: tl.constexpr, HOLD: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, PITCH: tl.constexpr, ALIGN: tl.constexpr,
@@ -332,12 +353,11 @@ def convolve_kernel(
     HOLD: the tile is the whole map; its matrices are built once, for all images.
     """
     channel = tl.program_id(0)
+    width = width // ALIGN * ALIGN                            # tells the compiler
     top = tl.program_id(1) // tl.cdiv(width, COLS) * ROWS
     left = tl.program_id(1) % tl.cdiv(width, COLS) * COLS
     rows = top + tl.arange(0, ROWS) % PITCH
     cols = left + tl.arange(0, COLS)
-    shape = (height, width)
-    steps = (image_step, channel_step, row_step, pixel_step)
     FOLDED: tl.constexpr = SMALL if FOLD else 0
     DTYPE: tl.constexpr = x_h.dtype.element_ty
 
@@ -356,7 +376,7 @@ def convolve_kernel(
 
     groups = tl.cdiv(images, ROWS // PITCH)
     for group in range(tl.program_id(2) * share, tl.minimum((tl.program_id(2) + 1) * share, groups)):
-        plane = _plane(group, channel, images, shape, steps, ROWS, PITCH, ALIGN)
+        plane = _plane(group, channel, images, height, width, ROWS, PITCH, False)
         none = tl.zeros((ROWS, COLS), tl.float32)
         total = _horizontal(none, x_h, plane, rows, left, width, strip_h, held_h, BREADTH_H, FOLDED, SIGN, COLS, HOLD)
         if not JOINT:
@@ -375,20 +395,23 @@ def convolve_kernel(
 
 @jit
 def correlate_kernel(
-    x, grad, partial, images, height, width, image_step, channel_step, row_step, pixel_step,
-    length, anchor, before, tiles, blocks, work, share,
-    BREADTH: tl.constexpr, SIDE: tl.constexpr, ROWS: tl.constexpr, PITCH: tl.constexpr, ALIGN: tl.constexpr,
+    x, grad, partial, images, height, width, length, anchor, before, share,
+    BREADTH: tl.constexpr, UPRIGHT: tl.constexpr, SIDE: tl.constexpr, ROWS: tl.constexpr, PITCH: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     """One channel, one displacement of the inputs from the outputs in blocks of SIDE, a share of the work.
 
     The work is all tiles of grad: images, rows, blocks of columns. partial (chunks, displacements, C, BREADTH, length).
+    UPRIGHT: maps and strip, (..., length, BREADTH), are seen transposed.
     """
     channel, chunk = tl.program_id(0), tl.program_id(2)
+    width = width // ALIGN * ALIGN                            # tells the compiler
+    across, along = (width, height) if UPRIGHT else (height, width)
+    tiles, blocks = tl.cdiv(across, ROWS), tl.cdiv(along, SIDE)
+    work = tl.cdiv(images, ROWS // PITCH) * tiles * blocks
     shift = (tl.program_id(1) - before) * SIDE
     cols = tl.arange(0, SIDE)
     lines = tl.arange(0, ROWS) % PITCH
-    shape = (height, width)
-    steps = (image_step, channel_step, row_step, pixel_step)
 
     grams = ()                                                # X[y + dy, inputs]^T grad[y, outputs], one per dy
     for _ in tl.static_range(BREADTH):
@@ -396,7 +419,7 @@ def correlate_kernel(
     for item in range(chunk * share, tl.minimum((chunk + 1) * share, work)):
         outputs = item % blocks * SIDE + cols
         rows = item // blocks % tiles * ROWS + lines
-        plane = _plane(item // blocks // tiles, channel, images, shape, steps, ROWS, PITCH, ALIGN)
+        plane = _plane(item // blocks // tiles, channel, images, height, width, ROWS, PITCH, UPRIGHT)
         wanted = _load(grad, plane, rows, outputs)
         sums = ()
         for line in tl.static_range(BREADTH):
@@ -407,10 +430,11 @@ def correlate_kernel(
     begin = (chunk * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + channel
     tap = anchor + shift + cols
     turn = cols[:, None] + cols[None, :]
+    line_step, tap_step = (1, BREADTH) if UPRIGHT else (length, 1)
     for line in tl.static_range(BREADTH):
         turned = tl.gather(grams[line], turn % SIDE, 0)       # row j, column output: input (j + output) % SIDE
         right = tl.sum(tl.where(turn < SIDE, turned, 0.0), 1)                 # diagonal input - output = j
         left = tl.sum(tl.where(turn < SIDE, 0.0, turned), 1)                  # diagonal input - output = j - SIDE
-        target = partial + (begin * BREADTH + line) * length + tap
+        target = partial + begin * BREADTH * length + line * line_step + tap * tap_step
         tl.store(target, right, mask=(tap >= 0) & (tap < length))
-        tl.store(target - SIDE, left, mask=(tap >= SIDE) & (tap < length + SIDE))
+        tl.store(target - SIDE * tap_step, left, mask=(tap >= SIDE) & (tap < length + SIDE))

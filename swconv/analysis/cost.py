@@ -133,8 +133,15 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters()
     for name, layer in model.named_modules():
         if getattr(layer, "merged", None) is True:
-            for kernel in ("kernel_h", "kernel_v", "bias"):
-                yield f"{name}.{kernel}", getattr(layer, kernel)
+            kernel_h, kernel_v, bias = _plus(layer)
+            yield from ((f"{name}.kernel_h", kernel_h), (f"{name}.kernel_v", kernel_v), (f"{name}.bias", bias))
+
+
+def _plus(layer: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    """Strips and bias of a merged layer, without the ghosts, which only pass by."""
+    kernel_h, kernel_v, _, bias = layer.plus() if isinstance(layer, ShiftwiseConv2d) else (
+        layer.kernel_h, layer.kernel_v, layer.kernel_c, layer.bias)
+    return kernel_h, kernel_v, bias
 
 
 def _alive(weight: Tensor, sparsity: float) -> float:
@@ -180,7 +187,7 @@ def _layer_macs(layer: nn.Module, x: Tensor, y: Tensor, sparsity: float, countin
         case nn.BatchNorm2d() | nn.LayerNorm():
             return 4 * y.numel() if counting == "thop" else 0
         case _ if layer.merged:
-            return sum(used(kernel) for kernel in (layer.kernel_h, layer.kernel_v)) * x.shape[2] * x.shape[3]
+            return sum(used(kernel) for kernel in _plus(layer)[:2]) * x.shape[2] * x.shape[3]
         case ShiftwiseConv2d():
             filters = sum(used(weight) for weight in layer.filters)
             return filters * (x.shape[2] + 2 * layer.halo) * (x.shape[3] + 2 * layer.halo)

@@ -87,7 +87,7 @@ class ShiftwiseConv2d(nn.Module):
             return self._forward_absorbed(x)
         mixed, ghost = self.split(x)                                          # (B, R, H, W), (B, C - R, H, W)
         if self.merged:
-            y = self._forward_merged(mixed)
+            y = self._mix(mixed, *self.plus())
         elif self.norm == "filter":
             y = sum(self.shift(self.responses(mixed)))
             y = y + mixed if self.skip else y
@@ -166,31 +166,40 @@ class ShiftwiseConv2d(nn.Module):
         if not self.merged or self.in_input_order:
             raise RuntimeError("absorb needs a layer right after reparameterize(), and can be called once.")
         count, order = len(self.mixed), torch.cat([self.mixed, self.ghost])
-        scale = self.kernel_c.new_ones(len(order)) if scale is None else scale.detach()
-        shift = self.kernel_c.new_zeros(len(order)) if shift is None else shift.detach()
-        for kernel in (self.kernel_h, self.kernel_v, self.kernel_c):
-            kernel.mul_(scale[:count, None, None, None])
-        self.bias.mul_(scale[:count]).add_(shift[:count])
+        scale = self.bias.new_ones(len(order)) if scale is None else scale.detach()
+        shift = self.bias.new_zeros(len(order)) if shift is None else shift.detach().clone()
+        for name in ("kernel_h", "kernel_v", "kernel_c"):                     # of all channels: a ghost has one tap, its scale
+            kernel = getattr(self, name)
+            scaled = kernel * scale[:count, None, None, None]
+            setattr(self, name, kernel.new_zeros(len(order), *kernel.shape[1:]).index_copy(0, self.mixed, scaled))
+        self.kernel_c[self.ghost, 0, self.small_kernel // 2, self.small_kernel // 2] = scale[count:]
+        shift[:count] += self.bias * scale[:count]
+        self.bias = torch.empty_like(shift).index_copy(0, order, shift)
         if self.filter_bias is not None:
             self.filter_bias.view(count, -1).mul_(scale[:count, None])
-        self.register_buffer("pass_scale", torch.empty_like(scale).index_copy(0, order, scale)[:, None, None])
-        self.register_buffer("pass_shift", torch.empty_like(shift).index_copy(0, order, shift)[:, None, None])
         self.in_input_order = True
         return order
 
-    def _forward_absorbed(self, x: Tensor) -> Tensor:
-        if not len(self.ghost):
-            return self._forward_merged(x)
-        y = self._forward_merged(x[:, self.mixed])                            # (B, R, H, W)
-        return torch.addcmul(self.pass_shift, x, self.pass_scale).index_copy_(1, self.mixed, y)
+    def plus(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The merged layer's kernel_h, kernel_v, kernel_c and bias, of the mixed channels."""
+        kernels = self.kernel_h, self.kernel_v, self.kernel_c, self.bias
+        return tuple(kernel.index_select(0, self.mixed) for kernel in kernels) if self.in_input_order else kernels
 
-    def _forward_merged(self, mixed: Tensor) -> Tensor:
+    def _forward_absorbed(self, x: Tensor) -> Tensor:
+        """On a GPU, which waits for memory, one pass over all channels; on a CPU, which computes, only over the mixed ones."""
+        if not len(self.ghost) or x.is_cuda and self.filter_bias is None:
+            return self._mix(x, self.kernel_h, self.kernel_v, self.kernel_c, self.bias)
+        y = self._mix(x.index_select(1, self.mixed), *self.plus())
+        scale = self.kernel_c[:, :, self.small_kernel // 2, self.small_kernel // 2, None]
+        return torch.addcmul(self.bias[:, None, None], x, scale).index_copy_(1, self.mixed, y)
+
+    def _mix(self, x: Tensor, kernel_h: Tensor, kernel_v: Tensor, kernel_c: Tensor, bias: Tensor) -> Tensor:
         anchor = self.kernel_size // 2
-        y = strip_mix(mixed, self.kernel_h, self.kernel_v, self.kernel_c, self.bias, anchor, anchor)
+        y = strip_mix(x, kernel_h, kernel_v, kernel_c, bias, anchor, anchor)
         if self.padding == "half":
-            y = y - sum(self._borders(mixed, self.kernel_h, self.kernel_v))
+            y = y - sum(self._borders(x, kernel_h, kernel_v))
         if self.filter_bias is not None:
-            size = [length + 2 * self.halo for length in mixed.shape[2:]]
+            size = [length + 2 * self.halo for length in x.shape[2:]]
             y = y + sum(self.shift(self.filter_bias[None, :, None, None].expand(1, -1, *size).contiguous()))
         return y
 

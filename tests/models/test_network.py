@@ -76,7 +76,7 @@ def test_the_order_of_channels_goes_into_what_reads_them(skeleton, use_se):
     assert unchanged(module) < 1e-12
     after = module.mixer(x)[:, ghost]                                 # now where it stood in the input
     assert torch.equal(before, x[:, ghost])
-    torch.testing.assert_close(after, x[:, ghost] * module.mixer.pass_scale[ghost] + module.mixer.pass_shift[ghost])
+    torch.testing.assert_close(after, x[:, ghost] * module.mixer.kernel_c[ghost, 0, 1, 1] + module.mixer.bias[ghost])
 
 
 def test_grns_shift_the_closing_norm_and_the_layer_scale_go_into_the_contraction():

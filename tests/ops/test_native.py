@@ -234,6 +234,16 @@ def test_an_infinite_pixel_reaches_its_taps_and_nothing_else():
     assert torch.equal(~v.isfinite(), reached)
 
 
+def test_an_infinite_gradient_reaches_its_taps_and_nothing_else():
+    x, *rest = strip_arguments("as long as the map", batch=2)
+    upstream = [draw(x.shape, seed=seed) for seed in (6, 7, 8)]
+    upstream[0][0, 0, 2, 9] = float("inf")
+    grad, *_ = gradients(torch.ops.swconv.strip_branches, (x, *rest), upstream)
+    reached = torch.zeros(x.shape, dtype=torch.bool)
+    reached[0, 0, 1:4, 2:] = True
+    assert torch.equal(~grad.isfinite(), reached)
+
+
 def test_an_empty_batch_has_empty_maps_and_zero_kernel_gradients():
     arguments = strip_arguments("odd map", batch=0)
     grads = gradients(torch.ops.swconv.strip_branches, arguments, [arguments[0]] * 3)

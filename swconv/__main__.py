@@ -133,11 +133,10 @@ def evaluate_released(args: argparse.Namespace) -> None:
 def plan(args: argparse.Namespace) -> None:
     import json
 
-    from swconv import params
-    from swconv.plan import plan as reckon
+    from swconv.downstream_plan import plan as reckon
     from swconv.plan import table
 
-    found = reckon(params.load(PARAMS), args.target, args.profile)
+    found = reckon(_downstream(), args.target, args.profile)
     sys.stdout.write((json.dumps(found.plain(), indent=2) if args.json else table(found)) + "\n")
 
 

@@ -308,6 +308,10 @@ class Downstream:
             if self.runs[run].task != task:
                 raise file.fault(("examples", task), f"examples: {task} needs a run of that task, got {run}, which is of "
                                                      f"{self.runs[run].task}")
+        rated = [*SETTINGS, *self.runs]
+        for name in known.planning.fine_tunes:
+            if name not in rated:
+                raise ParamsError(f"{folder / 'plan.yaml'}: {_unknown('task or downstream run', name, rated)}.")
         self._resolved = {(run, profile): self._resolve(run, profile) for run in self.runs for profile in self.profiles}
 
     def run(self, name: str) -> FineTuneRun:

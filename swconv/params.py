@@ -505,6 +505,7 @@ class Planning(_Row):
     passes: Annotated[float, Field(gt=0)]
     speed: dict[str, Annotated[float, Field(gt=0)]] = Field(min_length=1)
     rates: dict[str, Rate]
+    fine_tunes: dict[str, Annotated[float, Field(gt=0)]]
 
 
 class Active(_Row):

@@ -16,23 +16,23 @@ Args = Mapping[str, Any]
 
 _GROWN = ("sw_tiny", "sw_small", "unireplknet_tiny", "unireplknet_small")  # with UniRepLKNet's skeleton
 _DILATED = {7: (5, 3, 3), 9: (5, 5, 3, 3), 11: (5, 5, 3, 3, 3), 13: (5, 7, 3, 3, 3)}  # kernels beside UniRepLKNet's large one
-_KEPT_CHECKPOINTS = 2
+KEPT_CHECKPOINTS = 2
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What one run takes; None where it is not known.
+    """What one run or fine-tune takes; None where it is not known.
 
     Attributes
     ----------
     run : str
     needs : str or None
-        The run whose weights it starts from, or is evaluated with.
+        The run, or the published weights, that it starts from, or is evaluated with.
     trained : bool
         Whether it trains at all; if not, all that follows is 0.
     same_as : str or None
         The run with the same configuration at this scale that is trained in its stead: counted there.
-    epochs, steps_per_epoch, steps, images : int
+    epochs, steps_per_epoch, steps, images : int or None
         Optimizer steps, and images that go through the network.
     parameters : int or None
         That training moves.
@@ -50,10 +50,10 @@ class Entry:
     needs: str | None
     trained: bool
     same_as: str | None
-    epochs: int = 0
-    steps_per_epoch: int = 0
-    steps: int = 0
-    images: int = 0
+    epochs: int | None = 0
+    steps_per_epoch: int | None = 0
+    steps: int | None = 0
+    images: int | None = 0
     parameters: int | None = 0
     memory: int | None = 0
     disk: int | None = 0
@@ -131,7 +131,7 @@ def parameters(name: str, args: Args, in_chans: int, num_classes: int) -> int | 
     """
     if (mixer := _mixer(name, args)) is None:
         return None
-    grown, widths = name in _GROWN, _widths(args)
+    grown, widths = name in _GROWN, widths_of(args)
     first, last = widths[0], widths[-1]
     half = first // 2
     stem = in_chans * half * 9 + 3 * half + half * first * 9 + 3 * first if grown else in_chans * first * 16 + 3 * first
@@ -157,7 +157,7 @@ def kept(name: str, args: Args, in_chans: int, image_size: int) -> float | None:
     """
     if (mixer := _mixer(name, args)) is None:
         return None
-    grown, widths, side = name in _GROWN, _widths(args), ceil(image_size / 4)
+    grown, widths, side = name in _GROWN, widths_of(args), ceil(image_size / 4)
     tail = (17 if grown else 12) + bool(args.get("use_se"))
     total = in_chans * image_size**2 + side * side * widths[0] * (7 if grown else 1)
     for stage, (width, sizes) in enumerate(zip(widths, _sizes(args), strict=True)):
@@ -234,7 +234,7 @@ def _entry(known: Params, run: str, profile: str, same_as: str | None, artifacts
         state = 4 * (3 + bool(recipe["ema_decay"])) + masks            # bytes per weight: itself, two moments, average, mask
         batch = ceil(min(machine["micro_batch"] or recipe["batch_size"], recipe["batch_size"]) / machine["processes"])
         memory = (state + 4) * count + round(batch * floats * (2 if machine["amp"] else 4))
-        disk = (_KEPT_CHECKPOINTS * state + 4) * count
+        disk = (KEPT_CHECKPOINTS * state + 4) * count
     hours, basis = _hours(known, run, profile, images, row, artifacts)
     return Entry(run, needs, trained, same_as, recipe["epochs"], per_epoch, steps, images, count, memory, disk, hours, basis)
 
@@ -258,12 +258,18 @@ def _hours(known: Params, run: str, profile: str, images: int, row: Mapping[str,
         if (rate := known.rate(run)) is None:
             return None, None
         return images / (rate.rate / known.planning.passes) / 3600, rate.basis
-    records = [json.loads(path.read_text()) for path in (artifacts / profile / "train" / run).glob("seed*/run.json")]
+    return earlier(artifacts / profile / "train" / run, row)
+
+
+def earlier(folder: Path, row: Mapping[str, Any]) -> tuple[float | None, str | None]:
+    """Mean hours of the seeds of a run that are there and had this resolved row, and their basis."""
+    records = [json.loads(path.read_text()) for path in folder.glob("seed*/run.json")]
     seconds = [record["seconds"] for record in records if record["config"] == row]
     return (sum(seconds) / len(seconds) / 3600, "earlier seeds") if seconds else (None, None)
 
 
-def _widths(args: Args) -> list[int]:
+def widths_of(args: Args) -> list[int]:
+    """Channels of the stages."""
     return [int(dim * args["width_factor"]) for dim in args["dims"]]
 
 
@@ -328,8 +334,8 @@ def _cells(entry: Entry) -> list[str]:
     if entry.same_as:
         return [f"equal to {entry.same_as} at this scale: counted there"]
     hours = "?" if entry.hours is None else f"{entry.hours:.0f}" if entry.hours >= 10 else f"{entry.hours:.3f}"
-    return [str(entry.epochs), str(entry.steps_per_epoch), str(entry.steps), _size(entry.parameters, ""), _size(entry.memory),
-            _size(entry.disk), hours, entry.needs or ""]
+    counts = ["?" if count is None else str(count) for count in (entry.epochs, entry.steps_per_epoch, entry.steps)]
+    return [*counts, _size(entry.parameters, ""), _size(entry.memory), _size(entry.disk), hours, entry.needs or ""]
 
 
 def _size(value: float | None, unit: str = "B") -> str:

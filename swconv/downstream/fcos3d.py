@@ -247,7 +247,8 @@ class Deformable(DeformConv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         move, fade = self.conv_offset(x).split((18, 9), 1)
-        with torch.autocast(x.device.type, enabled=False):            # deform_conv2d knows no autocast on a CPU
+        kind = x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"       # meta
+        with torch.autocast(kind, enabled=False):                     # deform_conv2d knows no autocast on a CPU
             return super().forward(*(part.to(self.weight.dtype) for part in (x, move, fade.sigmoid())))
 
 

@@ -70,6 +70,8 @@ def prepare(task: str, data: Mapping[str, Any], out: Path) -> dict[str, Any]:
     body = text.getvalue().encode()
     record = {"task": task, "root": root, "n_train": len(sets[0]), "n_val": len(sets[1]),
               "manifest_sha256": hashlib.sha256(body).hexdigest()}
+    if (wide := getattr(sets[0], "wide", None)) is not None:          # batches hold wide images or high ones
+        record["n_train_wide"] = int(wide.sum())
     write_atomic(out / "manifest.csv", body)
     write_atomic(out / "manifest.csv.sha256", (record["manifest_sha256"] + "\n").encode())
     write_json(out / "data.json", record)

@@ -7,7 +7,6 @@ import pytest
 
 ROW = "artifacts/smoke/downstream/ade_160k_sw_tiny/seed0"
 TRACKED = "artifacts/smoke/track/downstream/ade_160k_sw_tiny/seed0.json"
-NOTHING = "Nothing to be done"
 
 
 @pytest.mark.parametrize(("target", "sentence"), [

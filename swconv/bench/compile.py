@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from swconv.bench import throughput
+from swconv.bench import forms, throughput
 from swconv.bench.circumstances import check_ready
 from swconv.bench.timing import DTYPES, in_precision
 
@@ -50,7 +50,7 @@ def compile_network(device: str, quick: bool, number: int, precision: str) -> No
     where = torch.device(device)
     plan = throughput.plan_for(where, quick)
     entry = plan.entries[number]
-    (network,) = throughput.network_of(entry, where).values()
+    (network,) = forms.whole_network(forms.make_network(where, entry.model, **entry.arguments), entry.form).values()
     shape = (plan.batches[entry.group], 3, plan.image, plan.image)
     with in_precision(precision):
         images = torch.zeros(shape, device=where, dtype=DTYPES[precision]).to(memory_format=torch.channels_last)

@@ -237,23 +237,20 @@ def _networks(
     entries: Sequence[Entry], plan: Plan, device: torch.device, bar: Progress
 ) -> list[tuple[Entry, dict[str, nn.Module]]]:
     """Every entry's ways to run, in float32; those of one model and arguments are held against each other."""
-    made, first = [], {}
+    made, models, first = [], {}, {}
     image = torch.randn(1, 3, plan.image, plan.image, generator=torch.Generator().manual_seed(1)).to(device)
     for entry in entries:
         bar.step(f"{entry.group}: making {entry.model}, {entry.form}")
-        ways = network_of(entry, device)
+        kind = entry.model, repr(entry.arguments)
+        if kind not in models:
+            models = {kind: forms.make_network(device, entry.model, **entry.arguments)}     # entries of a kind are neighbours
+        ways = forms.whole_network(models[kind], entry.form)
         for way, network in ways.items():
             with torch.no_grad():
                 got = network(image)
-            wanted = first.setdefault((entry.model, repr(entry.arguments)), got)
-            _require(got, wanted, f"{entry.model}, {entry.form} {way}", ERRORS["float32"])
+            _require(got, first.setdefault(kind, got), f"{entry.model}, {entry.form} {way}", ERRORS["float32"])
         made.append((entry, ways))
     return made
-
-
-def network_of(entry: Entry, device: torch.device) -> dict[str, nn.Module]:
-    """An entry's ways to run, in float32."""
-    return forms.whole_network(forms.make_network(device, entry.model, **entry.arguments), entry.form)
 
 
 def _require(got: Tensor, wanted: Tensor, what: str, allowed: float) -> None:

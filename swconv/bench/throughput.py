@@ -23,6 +23,7 @@ from swconv.training.memory import keep_freed_memory
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 ERRORS = {"float32": 1e-3, "tf32": 3e-2, "bfloat16": 1e-1}            # between forms and variants of one network, relative
 
+Pools = Mapping[str, Sequence[tuple[Tensor]]]                         # by memory format
 STRICT, HALF, ALL = ("float32",), ("float32", "bfloat16"), ("float32", "bfloat16", "tf32")
 
 log = logging.getLogger(__name__)
@@ -208,14 +209,14 @@ def _group(plan: Plan, group: str, device: torch.device, bar: Progress) -> Itera
     for precision in plan.precisions:
         rows, contenders = [], []
         with in_precision(precision):
-            images = _images(plan, batch, device, precision)
+            images = _pools((batch, 3, plan.image, plan.image), plan.pool, 0, device, DTYPES[precision])
             for entry, ways in networks:
                 if precision not in entry.precisions:
                     continue
                 bar.step(f"{group}, {precision}: {entry.model}, {entry.form}")
                 ways = {way: copy.deepcopy(network).to(DTYPES[precision]) for way, network in ways.items()}
                 labels = {"precision": precision, "batch": batch} | entry.labels
-                published = _as_the_papers(next(iter(ways.values())), images[0][0], plan, group, cuda)
+                published = _as_the_papers(next(iter(ways.values())), images["contiguous"][0][0], plan, group, cuda)
                 rows.append({"protocol": "papers"} | labels | published)
                 variants = _variants(ways, images, entry.compiled and precision in plan.compiled)
                 _check_equal(f"{entry.model}, {entry.form}", variants, ERRORS[precision])
@@ -226,11 +227,12 @@ def _group(plan: Plan, group: str, device: torch.device, bar: Progress) -> Itera
         torch.compiler.reset()                                        # programs of this precision, among which every call looks
 
 
-def _images(plan: Plan, batch: int, device: torch.device, precision: str) -> list[tuple[Tensor]]:
-    """Batches of normal noise, more than the caches hold."""
-    generator, shape = torch.Generator().manual_seed(0), (batch, 3, plan.image, plan.image)
-    count = max(2, math.ceil(plan.pool / (4 * math.prod(shape))))
-    return [(torch.randn(shape, generator=generator).to(device, DTYPES[precision]),) for _ in range(count)]
+def _pools(shape: tuple[int, ...], room: int, seed: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Pools:
+    """Batches of normal noise of so many bytes, more than the caches hold, but 64 at most, in both memory formats."""
+    generator = torch.Generator(device).manual_seed(seed)
+    count = max(2, min(64, math.ceil(room / (4 * math.prod(shape)))))
+    batches = [torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(count)]
+    return {name: [(batch.to(memory_format=layout),) for batch in batches] for name, layout in FORMATS.items()}
 
 
 def _networks(
@@ -286,17 +288,16 @@ def _as_the_papers(network: nn.Module, images: Tensor, plan: Plan, group: str, c
             "one_by_one": len(single), "at_once": count}
 
 
-def _variants(ways: Mapping[str, nn.Module], images: Sequence[tuple[Tensor]], compiled: bool) -> dict[str, Turn]:
+def _variants(ways: Mapping[str, nn.Module], pools: Pools, compiled: bool) -> dict[str, Turn]:
     """Every way in both memory formats, and compiled."""
     known = {}
     for way, network in ways.items():
         for name, layout in FORMATS.items():
             laid = copy.deepcopy(network).to(memory_format=layout)
-            pool = [(image.to(memory_format=layout),) for (image,) in images]
             variant = f"{name}, {way}" if way else name
-            known[variant] = Turn(partial(_inference, laid), pool)
+            known[variant] = Turn(partial(_inference, laid), pools[name])
             if compiled and name == "channels_last":
-                known[f"{variant}, compiled"] = compiled_turn(laid, pool)
+                known[f"{variant}, compiled"] = compiled_turn(laid, pools[name])
     return known
 
 
@@ -320,9 +321,7 @@ def _layers(plan: Plan, device: torch.device, bar: Progress) -> Iterator[tuple[s
 def _layer(plan: Plan, side: int, device: torch.device) -> list[dict[str, Any]]:
     """SLaK Figure 4 (right): one depthwise layer, dense, masked, and as a pair of strips."""
     batch, channels, _ = plan.layer
-    generator, shape = torch.Generator().manual_seed(side), (batch, channels, side, side)
-    count = max(2, min(64, math.ceil(plan.pool / (4 * math.prod(shape)))))
-    pool = [torch.randn(shape, generator=generator).to(device) for _ in range(count)]
+    generator, pools = torch.Generator().manual_seed(side), _pools((batch, channels, side, side), plan.pool, side, device)
     dense, across, along = (torch.randn(channels, 1, *shape, generator=generator).to(device)
                             for shape in ((51, 51), (5, 51), (51, 5)))
     masked = dense * (torch.rand(dense.shape, generator=generator) >= 0.4).to(device)
@@ -335,9 +334,8 @@ def _layer(plan: Plan, side: int, device: torch.device) -> list[dict[str, Any]]:
              "ours": {"": lambda x: strip_mix(x, across, along, nothing, None, 25, 25)}}
     contenders = []
     for name, functions in known.items():
-        calls = {(f"{layout}, {way}" if way else layout): Turn(partial(_inference, function),
-                                                               [(x.to(memory_format=FORMATS[layout]),) for x in pool])
-                 for way, function in functions.items() for layout in FORMATS}
+        calls = {(f"{layout}, {way}" if way else layout): Turn(partial(_inference, function), pool)
+                 for way, function in functions.items() for layout, pool in pools.items()}
         _check_equal(f"the layer as {name}", calls, ERRORS["float32"])
         contenders.append(Contender({"protocol": "strict", "precision": "float32", "group": "layer", "form": name,
                                      "side": side, "batch": batch}, calls))

@@ -47,8 +47,8 @@ class Plan:
         Images of a step, and their side in px.
     networks : mapping
         By the networks of `NETWORKS`: what differs from timm's defaults.
-    precisions : tuple of str
-        "bfloat16", by autocast, or "float32", strictly.
+    precisions : mapping of str to tuple of str
+        "bfloat16", by autocast, and "float32", strictly; and the memory formats of each.
     seconds, steps : float, int
         A network takes steps until so many seconds, warm, are over, but so many at least.
     """
@@ -56,15 +56,16 @@ class Plan:
     batch: int
     image: int
     networks: Mapping[str, Mapping[str, Any]]
-    precisions: tuple[str, ...]
+    precisions: Mapping[str, tuple[str, ...]]
     seconds: float
     steps: int
 
 
-FULL = Plan(128, 224, dict.fromkeys(NETWORKS, {}), ("bfloat16", "float32"), 1.0, 5)
+PRECISIONS = {"bfloat16": ("contiguous", "channels_last"), "float32": ("contiguous",)}
+FULL = Plan(128, 224, dict.fromkeys(NETWORKS, {}), PRECISIONS, 0.7, 5)
 _LITTLE = {"depths": (1, 1), "dims": (8, 16), "kernel_sizes": (13, 5)}
 QUICK = Plan(4, 64, {"ours": _LITTLE, "two_step": _LITTLE, "unireplknet": _LITTLE | {"kernel_sizes": (3, 13)},
-                     "convnext": {"depths": (1, 1, 1, 1), "dims": (4, 4, 8, 8)}}, ("bfloat16", "float32"), 0.0, 2)
+                     "convnext": {"depths": (1, 1, 1, 1), "dims": (4, 4, 8, 8)}}, PRECISIONS, 0.0, 2)
 
 
 def run(out: Path, device: str, quick: bool) -> tuple[Path, Path]:
@@ -91,11 +92,11 @@ def measure(plan: Plan, device: torch.device) -> dict[str, Any]:
     keep_freed_memory()
     bar = Progress(len(plan.precisions) * len(plan.networks))
     told = circumstances("training", device, "swconv.bench.training_step", plan=asdict(plan))
-    for precision in plan.precisions:
+    for precision, formats in plan.precisions.items():
         with in_precision(precision):
             for name, arguments in plan.networks.items():
                 bar.step(f"training step, {name}, {precision}")
-                for layout in FORMATS:
+                for layout in formats:
                     rows.append({"network": name, "precision": precision, "format": layout}
                                 | _row(plan, name, arguments, precision, layout, device))
                     if device.type == "cuda":
@@ -193,9 +194,9 @@ s; commit {record['git_commit'] or 'unknown'}{changed}. Load before: {record['lo
 {', '.join(f'{name} {version}' for name, version in record['versions'].items() if version is not None)}.
 
 {plan['batch']} images of {plan['image']}x{plan['image']} px that lie on the device, cross-entropy, AdamW; neither drop path
-nor masks. Each network in the faster of contiguous and channels_last; medians. Peak: of torch's allocations in a step, weights,
-gradients and optimizer included. The two-step form sums the filters of the Rep branches first, which the released code does
-not, and stays in float32 under autocast, as its kernels are published.
+nor masks. Each network in the faster of contiguous and channels_last, in float32 contiguous; medians. Peak: of torch's
+allocations in a step, weights, gradients and optimizer included. The two-step form sums the filters of the Rep branches first,
+which the released code does not, and stays in float32 under autocast, as its kernels are published.
 
 {(chr(10) * 2).join(tables)}
 

@@ -218,7 +218,7 @@ def _verified(
 
 def _verified_peers(stage: Stage, precision: str, pools: Pools) -> list[dict[str, Any]]:
     """The same of the convolutions of other networks."""
-    found, some = [], _some(stage.batch)
+    found, some = [], _some(stage.batch, 2)                            # torch's convolutions, slow in float64
     (x, gradient, *_), *_ = next(iter(pools.values()))
     for name, (ways, weights) in forms.peers(stage, x.device, x.dtype).items():
         exact = [weight.detach().double().requires_grad_() for weight in weights]
@@ -234,9 +234,9 @@ def _verified_peers(stage: Stage, precision: str, pools: Pools) -> list[dict[str
     return found
 
 
-def _some(batch: int) -> list[int]:
+def _some(batch: int, few: int = FEW) -> list[int]:
     """Half of a few images at the beginning of the batch, half at its end; in a small batch all."""
-    return [i for i in range(batch) if min(i, batch - 1 - i) < FEW // 2]
+    return [i for i in range(batch) if min(i, batch - 1 - i) < few // 2]
 
 
 def _only(some: Sequence[int], gradient: Tensor) -> Tensor:

@@ -30,7 +30,8 @@ FORMS = {
 }
 PRECISIONS = {"float32": "float32", "tf32": "TF32", "bfloat16": "bfloat16"}
 COLUMNS = ["paper_row", "precision", "here", "batch", "paper_ratio", "papers_protocol_img_per_s", "papers_protocol_ratio",
-           "strict_img_per_s", "strict_q1_img_per_s", "strict_q3_img_per_s", "strict_ratio", "variant", "rounds"]
+           "strict_img_per_s", "strict_q1_img_per_s", "strict_q3_img_per_s", "strict_ratio", "variant", "rounds",
+           "papers_forwards"]
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def build(records: Sequence[Path], accuracies: Mapping[Place, Accuracy], paper: 
         sections, sheet = [], [["device", *COLUMNS]]
         for path, record in known.items():
             rows = list(_rows(table, record, _read(paper / table.claims)))
-            sections.append(_section(record, path, rows))
+            sections += [_section(record, path, rows)] if rows else []
             sheet += [[_device(record), *(row[column] for column in COLUMNS)] for row in rows]
         page = out / f"{name}.md"
         more = [_edges(known.values()), _accuracies(table.claims, accuracies, paper)] if name == "table7" else []
@@ -187,7 +188,7 @@ def _rows(table: Table, record: Mapping[str, Any], claims: Sequence[Mapping[str,
                     "strict_img_per_s": _speed(strict, "median_ms"), "strict_q1_img_per_s": _speed(strict, "q3_ms"),
                     "strict_q3_img_per_s": _speed(strict, "q1_ms"),
                     "strict_ratio": _ratio(strict, over["strict"], "median_ms"), "variant": strict["variant"],
-                    "rounds": strict["rounds"],
+                    "rounds": strict["rounds"], "papers_forwards": plain.get("at_once", record["plan"]["at_once"]),
                 })
     return rows
 
@@ -211,9 +212,9 @@ def _section(record: Mapping[str, Any], path: Path, rows: Sequence[Mapping[str, 
               f"{row['papers_protocol_ratio']:.2f}", f"**{row['strict_ratio']:.2f}**",
               f"{row['papers_protocol_img_per_s']:.1f}",
               f"{row['strict_img_per_s']:.1f} ({row['strict_q1_img_per_s']:.1f}-{row['strict_q3_img_per_s']:.1f})",
-              row["variant"], str(row["rounds"])] for row in rows]
+              row["variant"], f"{row['rounds']}; {row['papers_forwards']}"] for row in rows]
     names = ["paper's row", "here", "precision", "paper, ratio", "ours, papers' protocol, ratio", "ours, strict, ratio",
-             "papers' protocol, img/s", "strict, img/s (quartiles)", "ran as", "n"]
+             "papers' protocol, img/s", "strict, img/s (quartiles)", "ran as", "n; papers' n"]
     return "\n\n".join([f"## {_device(record)}", _told(record, path), markdown_table(names, shown)])
 
 
@@ -260,6 +261,8 @@ def _build_figure4(records: Sequence[Mapping[str, Any]], claims: Path, out: Path
     for record in records:
         rows = {(row["form"], row["side"]): row for row in record["times"] if row["group"] == "layer"}
         here = sorted({side for _, side in rows})
+        if not here:                                                  # the benchmark was stopped before
+            continue
         for form, text in (("sparse", "51x51, 40 % masked"), ("strips", "51x5 + 5x51, torch"), ("ours", "51x5 + 5x51, ours")):
             gains = [rows["dense", side]["median_ms"] / rows[form, side]["median_ms"] for side in here]
             if form != "sparse":
@@ -294,16 +297,17 @@ def _told(record: Mapping[str, Any], path: Path) -> str:
     flags, versions, plan = record["flags"], record["versions"], record["plan"]
     state = ", with changes that are not committed" if record["git_dirty"] else ""
     trial = "**A trial on tiny networks; its numbers say nothing.** " if record["quick"] else ""
+    missing = f"**Stopped before: {', '.join(record['unfinished'])}.** " if record.get("unfinished") else ""
 
     def listed(known: Mapping[str, Any]) -> str:
         return ", ".join(f"{name} {value}" for name, value in known.items() if value is not None)
 
     tf32 = "; ".join(f"in {PRECISIONS[precision]}: {listed(found)}" for precision, found in record["tf32"].items())
-    return (f"{trial}From `{path}`, measured at {record['started']} in {record['seconds']:.0f} s; commit "
+    return (f"{trial}{missing}From `{path}`, measured at {record['started']} in {record['seconds']:.0f} s; commit "
             f"`{(record['git_commit'] or 'unknown')[:KEY_CHARACTERS]}`{state}; engine of ours: {record['engine']}; load "
             f"before: {record['load_before']}. Versions: {listed(versions)}. Flags: {listed(flags)}; TF32 {tf32}. Images of "
             f"{plan['image']}x{plan['image']}; papers' protocol: {plan['warmups']} forwards to warm up, then {plan['at_once']} "
-            "timed together (the paper: 10 and 25, batch 128).")
+            "timed together (the paper: 10 and 25, batch 128), or fewer of a slow network, as the last column tells.")
 
 
 def _method(command: str) -> str:
@@ -312,6 +316,7 @@ def _method(command: str) -> str:
 Papers' protocol: contiguous, eager, one batch of noise over and over, networks one after the other. Strict: in every round each
 network runs once, in an order drawn anew, on batches taken in turn; each in the fastest of contiguous, channels_last and, where
 it was tried, compiled, and for torch's large kernels with the padding inside or before the convolution; medians over n rounds.
+On a GPU formats that took twice as long as another on a few images were left out. The two-step form is float32, as published.
 Forms of one network were held against each other before they were timed. Weights are random: speed does not depend on them.
 
 Measure anew: `python -m swconv bench throughput --out reports/bench` (on a GPU with `--device cuda`). Remake: `{command}`."""

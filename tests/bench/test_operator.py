@@ -70,6 +70,7 @@ def test_half_precision_has_half_the_bytes_and_as_much_work(three_precisions):
 def test_some_images_of_both_ends_of_a_batch_are_verified():
     assert operator._some(128) == [0, 1, 2, 3, 124, 125, 126, 127]
     assert operator._some(5) == [0, 1, 2, 3, 4]
+    assert operator._some(5, 2) == [0, 4]
     kept = operator._only([0, 2], torch.ones(3, 1, 1, 1))
     assert kept.flatten().tolist() == [1, 0, 1]
 

@@ -50,6 +50,23 @@ def record(tmp_path):
 
 
 @pytest.fixture
+def gpu(record, tmp_path):
+    """A second record, of a GPU, stopped after the tiny networks: float32 and bfloat16, the latter compiled."""
+    found = json.loads(record.read_text())
+    times = [row for row in found["times"] if row["group"] == "tiny"]
+    half = [row | {"precision": "bfloat16", "batch": 128, "variant": "channels_last, compiled"} for row in times
+            if row["form"] == "merged"]
+    for row in half:
+        row |= {"at_once": 7} if row["protocol"] == "papers" else {}
+    found |= {"device": "cuda", "hardware": found["hardware"] | {"gpu": "Some GPU"}, "times": times + half,
+              "plan": found["plan"] | {"precisions": ["float32", "bfloat16"], "at_once": 25}, "unfinished": ["layer", "small"]}
+    found["tf32"]["bfloat16"] = found["tf32"]["float32"]
+    path = tmp_path / "throughput-some-gpu.json"
+    path.write_text(json.dumps(found))
+    return path
+
+
+@pytest.fixture
 def pages(record, tmp_path):
     measured = {("sw_table7", 2, "in1k_top1_acc_pct"): Accuracy(83.21, "published weights")}
     throughput.build([record], measured, PAPER, tmp_path / "reports", "snakemake {}")
@@ -111,3 +128,23 @@ def test_an_accuracy_stands_beside_the_papers_where_there_is_one(pages):
     text = (pages / "table7.md").read_text()
     assert "| UniRepLKNet-T | 83.2 | 83.21 | equal [^1] |" in text
     assert "| SLaK-T, R, * | 82.5 | - | not run |" in text
+
+
+def test_a_gpu_s_record_stands_beside_the_cpu_s_each_divided_by_its_own_base(record, gpu, tmp_path):
+    throughput.build([record, gpu], {}, PAPER, tmp_path / "reports", "snakemake {}")
+    text = (tmp_path / "reports/table7.md").read_text()
+    assert text.index("## 2 cores of Some CPU") < text.index("## Some GPU")
+    found = {(row["device"], row["paper_row"], row["precision"], row["here"]): row
+             for row in rows(tmp_path / "reports/table7.csv")}
+    ours = found["Some GPU", "SW-tiny", "bfloat16", "sw_tiny, N = 3; folded, our operator"]
+    assert (ours["strict_ratio"], ours["variant"], ours["papers_forwards"]) == ("2.0", "channels_last, compiled", "7")
+    assert found["Some GPU", "SW-tiny", "float32", "sw_tiny, N = 3; two-step, as published"]["papers_forwards"] == "25"
+    assert {device for device, *_ in found} == {"2 cores of Some CPU", "Some GPU"}
+    assert [row["device"] for row in rows(tmp_path / "reports/slak/table12.csv")] == ["2 cores of Some CPU"] * 3
+
+
+def test_a_record_that_was_stopped_says_so_and_is_left_out_where_it_has_nothing(record, gpu, tmp_path):
+    throughput.build([record, gpu], {}, PAPER, tmp_path / "reports", "snakemake {}")
+    assert "**Stopped before: layer, small.** From" in (tmp_path / "reports/table7.md").read_text()
+    assert "Some GPU" not in (tmp_path / "reports/slak/fig4_right.md").read_text()
+    assert "Some GPU" not in (tmp_path / "reports/slak/table12.md").read_text()

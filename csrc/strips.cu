@@ -14,6 +14,7 @@
 #include "swconv.h"
 
 #include <algorithm>
+#include <initializer_list>
 
 #ifdef SWCONV_EMULATE
 #include <vector>
@@ -36,12 +37,14 @@
 namespace {
 
 constexpr int kThreads = 128, kGradThreads = 256;
+constexpr int kColumns = 2;   // outputs of a thread across the strip
 constexpr int kRun = 7;       // outputs, or taps, of a thread along the strip; maps of 224 px networks are multiples of it
 constexpr int kTile = 64;     // the longest side of a tile, px
-constexpr int kImages = 4;    // images of a block of the kernels' gradients, at least
+constexpr int kBlocks = 1536; // of a launch, if there are images enough for them: some for every multiprocessor
 constexpr int kSharedMost = 48 * 1024 / sizeof(float);  // what a block may take without asking, in floats
 constexpr int kTilesMost = 96 * 1024 / sizeof(float);   // more, and tiles are made smaller
 
+SWCONV_BOTH constexpr int up_to(int n, int by) { return (n + by - 1) / by * by; }
 SWCONV_DEVICE int least(int a, int b) { return a < b ? a : b; }
 SWCONV_DEVICE int most(int a, int b) { return a > b ? a : b; }
 
@@ -54,6 +57,31 @@ struct Divisor {
   }
 };
 
+// Numbers in a row, `width` at once: they start at a multiple of it.
+template <int width>
+struct alignas(width * sizeof(float)) Vector {
+  float at[width];
+};
+template <int width, int count>
+SWCONV_DEVICE void read(const float* from, float (&to)[count]) {
+#pragma unroll
+  for (int i = 0; i < count; i += width) {
+    const auto some = *reinterpret_cast<const Vector<width>*>(from + i);
+#pragma unroll
+    for (int j = 0; j < width; ++j) to[i + j] = some.at[j];
+  }
+}
+template <int width, int count>
+SWCONV_DEVICE void write(float* to, const float (&from)[count]) {
+#pragma unroll
+  for (int i = 0; i < count; i += width) {
+    Vector<width> some;
+#pragma unroll
+    for (int j = 0; j < width; ++j) some.at[j] = from[i + j];
+    *reinterpret_cast<Vector<width>*>(to + i) = some;
+  }
+}
+
 struct Strip {
   int length, breadth, anchor, tall;  // tall: along the rows of the map
   const float* kernel;                // tap t of column a of channel r: tap_of(t, a) of the r-th length * breadth
@@ -62,6 +90,8 @@ struct Strip {
 
 struct Sizes {
   int images, channels, height, width, tile_height, tile_width, tiles_across, tiles, slots;  // slots: images of a block
+  int together;                 // of a map that is one tile: pixels of a row to read and write at once, 1, 2 or 4
+  Divisor row, map;             // of the whole map
 };
 
 // Part of a map in shared memory, for a strip: row `lead` is the first that is needed and on the map, those around are 0;
@@ -94,11 +124,41 @@ struct Block {
     return (static_cast<long long>(image + slot) * s.channels + channel) * s.height * s.width;
   }
 
-  // `only`: nothing but the tile itself across the strip, 0 beyond.
-  SWCONV_DEVICE void load(const Region& r, const float* in, bool only, float* region, int threads, int thread) const {
+  // The whole map into a region of zeros and, turned, into another; `together` pixels of a row at a time, `ahead` such reads
+  // at once.
+  template <int together, int ahead>
+  SWCONV_DEVICE void copy_map(const float* in, const Region& r, float* region, const Region* turned, float* to_turned,
+                              int threads, int thread) const {
+    const int down = r.tall ? r.pitch : 1, right = r.tall ? 1 : r.pitch;
+    const int pixels = s.height * s.width, count = least(s.slots, s.images - image) * pixels;
+#pragma unroll ahead
+    for (int i = thread * together; i < count; i += threads * together) {
+      const int slot = s.map.quotient(i), pixel = i - slot * pixels, y = s.row.quotient(pixel), x = pixel - y * s.width;
+      float seen[together];
+      read<together>(in + place(slot) + pixel, seen);
+      float* to = region + slot * r.size + r.lead * r.pitch + r.margin + y * down + x * right;
+#pragma unroll
+      for (int j = 0; j < together; ++j) to[j * right] = seen[j];
+      if (!turned) continue;
+      to = to_turned + slot * turned->size + turned->lead * turned->pitch + turned->margin + y + x * turned->pitch;
+#pragma unroll
+      for (int j = 0; j < together; ++j) to[j * turned->pitch] = seen[j];
+    }
+  }
+
+  // A tile of a larger map, with what is around it, or, with `only`, with 0 around it across the strip; of a whole map the
+  // inside, in a region of zeros, and, where it is wanted, the same in another region, turned.
+  template <int ahead>
+  SWCONV_DEVICE void load(const float* in, bool only, const Region& r, float* region, const Region* turned, float* to_turned,
+                          int threads, int thread) const {
+    if (s.tiles == 1) {
+      if (s.together == 4) return copy_map<4, ahead>(in, r, region, turned, to_turned, threads, thread);
+      if (s.together == 2) return copy_map<2, ahead>(in, r, region, turned, to_turned, threads, thread);
+      return copy_map<1, ahead>(in, r, region, turned, to_turned, threads, thread);
+    }
     const int begin = first(r), end = last(r), from = (r.tall ? left : top) - r.margin;
     const int low = only ? from : 0, limit = only ? from + across(r.tall) : r.tall ? s.width : s.height;
-#pragma unroll 4
+#pragma unroll ahead
     for (int i = thread; i < s.slots * r.size; i += threads) {
       const int slot = r.slot.quotient(i), rest = i - slot * r.size, slow = r.quick.quotient(rest);
       const int quick = rest - slow * static_cast<int>(r.quick.by);
@@ -108,64 +168,54 @@ struct Block {
       const int pixel = r.tall ? at * s.width + line : line * s.width + at;
       region[slot * r.size + row * r.pitch + column] = inside ? in[place(slot) + pixel] : 0.f;
     }
+    if (turned) load<1>(in, only, *turned, to_turned, nullptr, nullptr, threads, thread);
   }
 };
 
-// Numbers in a row; by pairs, they start at an even place.
-template <bool by_pairs, int count>
-SWCONV_DEVICE void read(const float* from, float (&to)[count]) {
-  struct alignas(8) Pair {
-    float first, second;
-  };
-#pragma unroll
-  for (int i = 0; i < count; i += by_pairs ? 2 : 1)
-    if constexpr (by_pairs) {
-      const Pair pair = *reinterpret_cast<const Pair*>(from + i);
-      to[i] = pair.first, to[i + 1] = pair.second;
-    } else {
-      to[i] = from[i];
-    }
+SWCONV_DEVICE void clear(float* floats, int even_count, int threads, int thread) {
+  const float zeros[2] = {};
+  for (int i = 2 * thread; i < even_count; i += 2 * threads) write<2>(floats + i, zeros);
 }
 
 // ---- outputs
 
-enum Target { kSet, kAdd, kOut };  // of a pass: the sum in shared memory, or the result, to which the sum is added
-
 struct Pass {
   Strip strip;
   Region region;
-  const float *in, *small;     // small: a centred kernel that is added to the strip's taps, or null
-  int small_side, fresh;       // fresh: the region is not there yet
-  Target target;
-  float *out, *sum_out;        // sum_out: what the pass before left in the sum belongs there
+  const float* in;
+  int taps, place;    // of its taps and its regions in shared memory
+  float* out;
 };
 
+// The vertical strip and the small kernel run side by side, after the horizontal one.
 struct Filters {
   Sizes s;
-  Pass passes[3];
-  int count, adjoint, taps, sum_pitch, region;  // room for taps and for the regions of all slots, in floats
-  int joint;                                    // the last pass adds sum and bias
+  Pass h, v, c;
+  int adjoint, joint;  // joint: one result, in v.out
+  int folded;          // the small kernel is added to the taps of the vertical strip
+  int rounds;          // images of a block, in slots
+  int clear, sum, sum_pitch;  // floats of regions, from h's on, that begin as zeros; place of the sums of h
   const float* bias;
-  Divisor map_row, map;                         // of the tile
+  Divisor tile_row, tile;
 };
 
 // Taps of a pass with zeros around: column a of tap t at taps[(kRun + t) * tap_pitch + a].
-SWCONV_BOTH int tap_pitch_of(int breadth) { return (breadth + 3) / 4 * 4; }
+SWCONV_BOTH constexpr int tap_pitch_of(int breadth) { return (breadth + 3) / 4 * 4; }
 
-SWCONV_DEVICE void load_taps(const Pass& p, int adjoint, int channel, float* taps, int thread) {
-  const Strip& k = p.strip;
+SWCONV_DEVICE void load_taps(const Filters& f, const Strip& k, const Strip* small, int channel, float* taps, int thread) {
   const int pitch = tap_pitch_of(k.breadth);
   const float* kernel = k.kernel + static_cast<long long>(channel) * k.length * k.breadth;
-  const float* small = p.small ? p.small + static_cast<long long>(channel) * p.small_side * p.small_side : nullptr;
   for (int i = thread; i < (k.length + 3 * kRun) * pitch; i += kThreads) {
     int t = i / pitch - kRun, a = i % pitch;
     float tap = 0.f;
     if (t >= 0 && t < k.length && a < k.breadth) {
-      if (adjoint) t = k.length - 1 - t, a = k.breadth - 1 - a;
+      if (f.adjoint) t = k.length - 1 - t, a = k.breadth - 1 - a;
       tap = kernel[k.tap_of(t, a)];
-      const int row = t - k.anchor + p.small_side / 2, column = a - k.breadth / 2 + p.small_side / 2;
-      if (small && row >= 0 && row < p.small_side && column >= 0 && column < p.small_side)
-        tap += small[row * p.small_side + column];
+      if (small) {
+        const int side = small->length, row = t - k.anchor + side / 2, column = a - k.breadth / 2 + side / 2;
+        if (row >= 0 && row < side && column >= 0 && column < side)
+          tap += small->kernel[(static_cast<long long>(channel) * side + row) * side + column];
+      }
     }
     taps[i] = tap;
   }
@@ -174,8 +224,9 @@ SWCONV_DEVICE void load_taps(const Pass& p, int adjoint, int channel, float* tap
 // total += the run's outputs, from N columns of taps. `taps` and `pixels` of the first step.
 template <int N>
 SWCONV_DEVICE void slide(const float* taps, int tap_pitch, const float* pixels, int pitch, int steps,
-                         float (&total)[2][kRun]) {
-  float window[N][kRun], seen[N + 1], fresh[N > 1 ? N + 1 : 1];       // taps, too, are a multiple of 2 apart
+                         float (&total)[kColumns][kRun]) {
+  constexpr int width = N > 1 ? 2 : 1, tap_width = N > 1 ? 4 : 1;  // numbers that are read at once
+  float window[N][kRun], seen[up_to(N + kColumns - 1, width)], fresh[up_to(N, tap_width)];
 #pragma unroll
   for (int j = 1; j < kRun; ++j)
 #pragma unroll
@@ -183,8 +234,8 @@ SWCONV_DEVICE void slide(const float* taps, int tap_pitch, const float* pixels, 
   for (int step = 0; step < steps; step += kRun) {
 #pragma unroll
     for (int u = 0; u < kRun; ++u) {
-      read<(N > 1)>(pixels + (step + u) * pitch, seen);
-      read<(N > 1)>(taps + (step + u) * tap_pitch, fresh);
+      read<width>(pixels + (step + u) * pitch, seen);
+      read<tap_width>(taps + (step + u) * tap_pitch, fresh);
 #pragma unroll
       for (int a = 0; a < N; ++a) window[a][u] = fresh[a];
 #pragma unroll
@@ -192,52 +243,88 @@ SWCONV_DEVICE void slide(const float* taps, int tap_pitch, const float* pixels, 
 #pragma unroll
         for (int j = 0; j < kRun; ++j)
 #pragma unroll
-          for (int q = 0; q < 2; ++q) total[q][j] += window[a][(u - j + kRun) % kRun] * seen[a + q];
+          for (int q = 0; q < kColumns; ++q) total[q][j] += window[a][(u - j + kRun) % kRun] * seen[a + q];
     }
   }
 }
 
+// total += outputs of one run.
 template <int N>
-SWCONV_DEVICE void filter(const Filters& f, const Pass& p, const Block& block, const float* taps, const float* region,
-                          float* sum, int thread) {
-  const Sizes& s = f.s;
+SWCONV_DEVICE void run_of(const Filters& f, const Pass& p, const Block& block, const float* shared, int slot, int run,
+                          int column, float (&total)[kColumns][kRun]) {
   const Strip& k = p.strip;
   const Region& r = p.region;
   const int anchor = f.adjoint ? k.length - 1 - k.anchor : k.anchor, tap_pitch = tap_pitch_of(k.breadth);
-  const int along = block.along(k.tall), across = block.across(k.tall), first = block.first(r), last = block.last(r);
-  const int runs = (along + kRun - 1) / kRun, pairs = (across + 1) / 2;
-  const float bias = p.target == kOut && f.bias ? f.bias[block.channel] : 0.f;
-  for (int item = thread; item < s.slots * runs * pairs; item += kThreads) {
-    const int slot = item / (runs * pairs), run = item / pairs % runs * kRun, column = item % pairs * 2;
-    if (block.image + slot >= s.images) continue;
-    const int out = block.start(k.tall) + run;                  // of the run's first pixel, along
-    const int begin = most(first, out - anchor), end = least(last, out + kRun - 1 + k.length - anchor);
-    const float* tap = taps + (kRun + begin - out + anchor) * tap_pitch;
-    const float* pixels = region + slot * r.size + (begin - first + r.lead) * r.pitch + column;
-    float total[2][kRun] = {};
-    if (k.breadth == N) slide<N>(tap, tap_pitch, pixels, r.pitch, end - begin, total);
-    else
-      for (int a = 0; a < k.breadth; ++a) slide<1>(tap + a, tap_pitch, pixels + a, r.pitch, end - begin, total);
+  const int first = block.first(r), out = block.start(k.tall) + run;           // of the run's first pixel, along
+  const int begin = most(first, out - anchor), end = least(block.last(r), out + kRun - 1 + k.length - anchor);
+  const float* tap = shared + p.taps + (kRun + begin - out + anchor) * tap_pitch;
+  const float* pixels = shared + p.place + slot * r.size + (begin - first + r.lead) * r.pitch + column;
+  if (k.breadth == N) slide<N>(tap, tap_pitch, pixels, r.pitch, end - begin, total);
+  else
+    for (int a = 0; a < k.breadth; ++a) slide<1>(tap + a, tap_pitch, pixels + a, r.pitch, end - begin, total);
+}
+
+template <int N>
+SWCONV_DEVICE void filter_across(const Filters& f, const Block& block, float* shared, int thread) {
+  const int runs = (block.wide + kRun - 1) / kRun, groups = (block.high + kColumns - 1) / kColumns;
+  for (int item = thread; item < f.s.slots * runs * groups; item += kThreads) {
+    const int slot = item / (runs * groups), run = item / groups % runs * kRun, row = item % groups * kColumns;
+    if (block.image + slot >= f.s.images) continue;
+    float total[kColumns][kRun] = {};
+    run_of<N>(f, f.h, block, shared, slot, run, row, total);
+    float* to = shared + f.sum + (slot * f.s.tile_height + row) * f.sum_pitch + run;
+    const int wide = least(kRun, block.wide - run), high = least(kColumns, block.high - row);
 #pragma unroll
     for (int j = 0; j < kRun; ++j)
 #pragma unroll
-      for (int q = 0; q < 2; ++q) {
-        if (run + j >= along || column + q >= across) continue;
-        const int y = k.tall ? run + j : column + q, x = k.tall ? column + q : run + j;
-        float* to = sum + (slot * s.tile_height + y) * f.sum_pitch + x;
-        if (p.target == kSet) *to = total[q][j];
-        else if (p.target == kAdd) *to += total[q][j];
+      for (int q = 0; q < kColumns; ++q)
+        if (j < wide && q < high) to[q * f.sum_pitch + j] = total[q][j];
+  }
+}
+
+template <int N>
+SWCONV_DEVICE void filter_down(const Filters& f, const Block& block, float* shared, int thread) {
+  const Sizes& s = f.s;
+  const int runs = (block.high + kRun - 1) / kRun, groups = (block.wide + kColumns - 1) / kColumns;
+  const float bias = f.bias ? f.bias[block.channel] : 0.f;
+  for (int item = thread; item < s.slots * runs * groups; item += kThreads) {
+    const int slot = item / (runs * groups), run = item / groups % runs * kRun, column = item % groups * kColumns;
+    if (block.image + slot >= s.images) continue;
+    const int high = least(kRun, block.high - run), wide = least(kColumns, block.wide - column);
+    const long long place = block.place(slot) + (block.top + run) * s.width + block.left + column;
+    const float* sum = shared + f.sum + (slot * s.tile_height + run) * f.sum_pitch + column;
+    const auto store = [&](float* out, const float(&total)[kColumns][kRun], bool joint) {
+#pragma unroll
+      for (int j = 0; j < kRun; ++j) {
+        if (j >= high) break;
+        float row[kColumns];
+#pragma unroll
+        for (int q = 0; q < kColumns; ++q) row[q] = total[q][j] + (joint && q < wide ? sum[j * f.sum_pitch + q] + bias : 0.f);
+        if (s.together >= kColumns) write<kColumns>(out + place + j * s.width, row);
         else
-          p.out[block.place(slot) + (block.top + y) * s.width + block.left + x] =
-              f.joint ? *to + total[q][j] + bias : total[q][j];
+#pragma unroll
+          for (int q = 0; q < kColumns; ++q)
+            if (q < wide) out[place + j * s.width + q] = row[q];
       }
+    };
+    float total[kColumns][kRun] = {};
+    run_of<N>(f, f.v, block, shared, slot, run, column, total);
+    if (f.joint && !f.folded) run_of<N>(f, f.c, block, shared, slot, run, column, total);
+    store(f.v.out, total, f.joint);
+    if (f.joint) continue;
+#pragma unroll
+    for (int q = 0; q < kColumns; ++q)
+#pragma unroll
+      for (int j = 0; j < kRun; ++j) total[q][j] = 0.f;
+    run_of<N>(f, f.c, block, shared, slot, run, column, total);
+    store(f.c.out, total, false);
   }
 }
 
 SWCONV_DEVICE void store_sum(const Filters& f, const Block& block, const float* sum, float* out, int thread) {
   const Sizes& s = f.s;
-  for (int i = thread; i < s.slots * static_cast<int>(f.map.by); i += kThreads) {
-    const int slot = f.map.quotient(i), rest = i - slot * static_cast<int>(f.map.by), y = f.map_row.quotient(rest);
+  for (int i = thread; i < s.slots * static_cast<int>(f.tile.by); i += kThreads) {
+    const int slot = f.tile.quotient(i), rest = i - slot * static_cast<int>(f.tile.by), y = f.tile_row.quotient(rest);
     const int x = rest - y * s.tile_width;
     if (block.image + slot < s.images && y < block.high && x < block.wide)
       out[block.place(slot) + (block.top + y) * s.width + block.left + x] =
@@ -247,16 +334,30 @@ SWCONV_DEVICE void store_sum(const Filters& f, const Block& block, const float* 
 
 template <int N>
 SWCONV_DEVICE void filters_block(const Filters& f, int block_x, int block_y, float* shared) {
-  const Block block(f.s, block_x % f.s.tiles, block_x / f.s.tiles, block_y * f.s.slots);
-  float *taps = shared, *region = taps + f.taps, *sum = region + f.region;
-  for (int pass = 0; pass < f.count; ++pass) {
-    const Pass& p = f.passes[pass];
+  const Sizes& s = f.s;
+  const int tile = block_x % s.tiles, channel = block_x / s.tiles;
+  const bool once = f.h.in == f.v.in;                                  // one map, for both strips
+  SWCONV_THREADS(kThreads, {
+    load_taps(f, f.h.strip, nullptr, channel, shared + f.h.taps, thread);
+    load_taps(f, f.v.strip, f.folded ? &f.c.strip : nullptr, channel, shared + f.v.taps, thread);
+    if (!f.folded) load_taps(f, f.c.strip, nullptr, channel, shared + f.c.taps, thread);
+    clear(shared + f.h.place, f.clear, kThreads, thread);
+  });
+  for (int round = 0; round < f.rounds; ++round) {
+    const Block block(s, tile, channel, (block_y * f.rounds + round) * s.slots);
+    if (block.image >= s.images) break;
     SWCONV_THREADS(kThreads, {
-      load_taps(p, f.adjoint, block.channel, taps, thread);
-      if (p.fresh) block.load(p.region, p.in, false, region, kThreads, thread);
-      if (p.sum_out) store_sum(f, block, sum, p.sum_out, thread);
+      block.load<4>(f.v.in, false, f.v.region, shared + f.v.place, once ? &f.h.region : nullptr, shared + f.h.place, kThreads,
+                    thread);
+      if (!once) block.load<4>(f.h.in, false, f.h.region, shared + f.h.place, nullptr, nullptr, kThreads, thread);
+      if (!f.folded && f.c.place != f.v.place)
+        block.load<4>(f.c.in, false, f.c.region, shared + f.c.place, nullptr, nullptr, kThreads, thread);
     });
-    SWCONV_THREADS(kThreads, filter<N>(f, p, block, taps, region, sum, thread));
+    SWCONV_THREADS(kThreads, filter_across<N>(f, block, shared, thread));
+    SWCONV_THREADS(kThreads, {
+      if (!f.joint) store_sum(f, block, shared + f.sum, f.h.out, thread);
+      filter_down<N>(f, block, shared, thread);
+    });
   }
 }
 
@@ -266,16 +367,17 @@ struct Correlation {
   Strip strip;
   Region region, grad_region;
   const float* grad;
-  int offset, runs, pairs;  // offset: of its taps among all, in `partial`
+  int offset, runs, pairs;      // offset: of its taps among all, in `partial`
+  int rider_runs, rider_offset;  // 1 where the small kernel, as broad as this strip, is one more run of taps; its offset
 };
 
 struct Correlations {
   Sizes s;
   Correlation parts[3];
-  const float* x;
-  int count, region, all_taps, chunk;  // room for the regions of x; images of a block
-  int folded;                          // the small kernel's gradient is a part of the vertical strip's
-  int small, small_offset;
+  const float *x, *rider_grad;
+  Strip rider;
+  int count, region, grad, all_taps, chunk;  // room for the regions of x, and of one gradient; images of a block
+  int folded;                                // the small kernel's gradient is a part of the vertical strip's
   float* partial;
 };
 
@@ -289,25 +391,29 @@ SWCONV_DEVICE void correlate(const Correlations& c, const Correlation& p, const 
                              const float* grad, int column, int item, Taps<N>& taps) {
   const Strip& k = p.strip;
   const Region &r = p.region, &g = p.grad_region;
-  const int slot = item / (p.runs * p.pairs), t = item / p.pairs % p.runs * kRun, pair = item % p.pairs * 2;
+  const int pair = item % p.pairs * 2, run = item / p.pairs % (p.runs + p.rider_runs);
+  const int slot = item / p.pairs / (p.runs + p.rider_runs);
   if (slot >= c.s.slots || block.image + slot >= c.s.images || pair >= block.across(k.tall)) return;
-  const int first = block.first(r), shift = block.start(k.tall) + t - k.anchor;  // output p meets input p + shift with tap t
+  const bool rides = run == p.runs;
+  const int first = block.first(r), start = block.start(k.tall);
+  const int shift = rides ? start - c.rider.anchor : start + run * kRun - k.anchor;  // output p meets input p + shift, tap 0
   const int begin = most(0, first - shift - (kRun - 1)), end = least(block.along(k.tall), block.last(r) - shift);
   if (begin >= end) return;
   const float* pixels = region + slot * r.size + (begin + shift - first + r.lead) * r.pitch + pair + column;
-  const float* upstream = grad + slot * g.size + begin * g.pitch + pair;
+  const float* upstream = grad + (rides ? c.grad : 0) + slot * g.size + begin * g.pitch + pair;
+  constexpr int width = N > 1 ? 2 : 1;
   float window[N + 1][kRun], seen[N + 1], wanted[2];
 #pragma unroll
   for (int j = 0; j < kRun - 1; ++j) {
-    read<(N > 1)>(pixels + j * r.pitch, seen);
+    read<width>(pixels + j * r.pitch, seen);
 #pragma unroll
     for (int a = 0; a <= N; ++a) window[a][j] = seen[a];
   }
   for (int step = 0; step < end - begin; step += kRun) {
 #pragma unroll
     for (int u = 0; u < kRun; ++u) {
-      read<(N > 1)>(pixels + (step + u + kRun - 1) * r.pitch, seen);
-      read<true>(upstream + (step + u) * g.pitch, wanted);
+      read<width>(pixels + (step + u + kRun - 1) * r.pitch, seen);
+      read<2>(upstream + (step + u) * g.pitch, wanted);
 #pragma unroll
       for (int a = 0; a <= N; ++a) window[a][(u + kRun - 1) % kRun] = seen[a];
 #pragma unroll
@@ -320,13 +426,13 @@ SWCONV_DEVICE void correlate(const Correlations& c, const Correlation& p, const 
   }
 }
 
-// Add what the threads have of tap t, column a, in their order. Thread i's of a round: sums[i * N * kRun + a * kRun + j].
+// Add what the threads have of tap t of a run, in their order. Thread i's of column a: sums[(i * N + a) * kRun + t].
 template <int N>
-SWCONV_DEVICE float collected(const Correlations& c, const Correlation& p, const float* sums, int t) {
+SWCONV_DEVICE float collected(const Correlations& c, const Correlation& p, const float* sums, int run, int a, int t) {
   float total = 0.f;
   for (int slot = 0; slot < c.s.slots; ++slot)
     for (int pair = 0; pair < p.pairs; ++pair)
-      total += sums[((slot * p.runs + t / kRun) * p.pairs + pair) * N * kRun + t % kRun];
+      total += sums[(((slot * (p.runs + p.rider_runs) + run) * p.pairs + pair) * N + a) * kRun + t];
   return total;
 }
 
@@ -334,9 +440,10 @@ template <int N>
 SWCONV_DEVICE void correlations_part(const Correlations& c, const Correlation& p, int block_x, int block_y, int column,
                                      float* shared) {
   const Sizes& s = c.s;
+  const Strip &k = p.strip, &small = c.rider;
   float *region = shared, *grad = region + c.region;
   float* to = c.partial + (static_cast<long long>(block_y) * s.channels + block_x) * c.all_taps;
-  const int per_slot = p.runs * p.pairs, items = s.slots * per_slot;
+  const int items = s.slots * (p.runs + p.rider_runs) * p.pairs;
 #ifdef SWCONV_EMULATE
   std::vector<Taps<N>> own(kGradThreads);
 #define SWCONV_OWN own[thread]
@@ -344,12 +451,15 @@ SWCONV_DEVICE void correlations_part(const Correlations& c, const Correlation& p
   Taps<N> own = {};
 #define SWCONV_OWN own
 #endif
+  if (s.tiles == 1) SWCONV_THREADS(kGradThreads, clear(shared, c.region + 2 * c.grad, kGradThreads, thread));
   for (int image = block_y * c.chunk; image < least(s.images, (block_y + 1) * c.chunk); image += s.slots)
     for (int tile = 0; tile < s.tiles; ++tile) {
       const Block block(s, tile, block_x, image);
       SWCONV_THREADS(kGradThreads, {
-        block.load(p.region, c.x, false, region, kGradThreads, thread);
-        block.load(p.grad_region, p.grad, true, grad, kGradThreads, thread);
+        block.load<1>(c.x, false, p.region, region, nullptr, nullptr, kGradThreads, thread);
+        block.load<1>(p.grad, true, p.grad_region, grad, nullptr, nullptr, kGradThreads, thread);
+        if (p.rider_runs)
+          block.load<1>(c.rider_grad, true, p.grad_region, grad + c.grad, nullptr, nullptr, kGradThreads, thread);
       });
       SWCONV_THREADS(kGradThreads, if (thread < items)
                      correlate<N>(c, p, block, region, grad, column, thread, SWCONV_OWN));
@@ -357,14 +467,18 @@ SWCONV_DEVICE void correlations_part(const Correlations& c, const Correlation& p
   float* sums = shared;
   SWCONV_THREADS(kGradThreads, for (int a = 0; a < N; ++a) for (int j = 0; j < kRun; ++j)
                  sums[(thread * N + a) * kRun + j] = SWCONV_OWN.total[a][j]);
-  const Strip& k = p.strip;
-  SWCONV_THREADS(kGradThreads, for (int i = thread; i < k.length * N; i += kGradThreads) {
-    const int t = i / N, a = i % N;
-    const float total = collected<N>(c, p, sums + a * kRun, t);
-    to[p.offset + k.tap_of(t, column + a)] = total;
-    const int row = t - k.anchor + c.small / 2, from_left = column + a - k.breadth / 2 + c.small / 2;
-    if (c.folded && k.tall && row >= 0 && row < c.small && from_left >= 0 && from_left < c.small)
-      to[c.small_offset + row * c.small + from_left] = total;
+  const int side = small.length;
+  SWCONV_THREADS(kGradThreads, {
+    for (int i = thread; i < k.length * N; i += kGradThreads) {
+      const int t = i / N, a = i % N;
+      const float total = collected<N>(c, p, sums, t / kRun, a, t % kRun);
+      to[p.offset + k.tap_of(t, column + a)] = total;
+      const int row = t - k.anchor + side / 2, from_left = column + a - k.breadth / 2 + side / 2;
+      if (c.folded && k.tall && row >= 0 && row < side && from_left >= 0 && from_left < side)
+        to[p.rider_offset + row * side + from_left] = total;
+    }
+    for (int i = thread; i < p.rider_runs * side * side; i += kGradThreads)
+      to[p.rider_offset + i] = collected<N>(c, p, sums, p.runs, i % side, i / side);
   });
 }
 
@@ -404,11 +518,11 @@ struct PartialSum {
   void strip_correlations_##N(int x, int y, float* shared, const Correlations& c) { correlations_block<N>(c, x, y, shared); }
 #else
 #define SWCONV_KERNELS(N)                                                                                            \
-  extern "C" __global__ void __launch_bounds__(kThreads, N < 5 ? 6 : 4) strip_filters_##N(const __grid_constant__ Filters f) {   \
+  extern "C" __global__ void __launch_bounds__(kThreads, N == 7 ? 3 : N < 5 ? 6 : 4) strip_filters_##N(const __grid_constant__ Filters f) {   \
     extern __shared__ __align__(16) float shared[];                                                                  \
     filters_block<N>(f, blockIdx.x, blockIdx.y, shared);                                                             \
   }                                                                                                                  \
-  extern "C" __global__ void __launch_bounds__(kGradThreads, 1) strip_correlations_##N(                              \
+  extern "C" __global__ void __launch_bounds__(kGradThreads, N < 5 ? 3 : 1) strip_correlations_##N(                      \
       const __grid_constant__ Correlations c) {                                                                      \
     extern __shared__ __align__(16) float shared[];                                                                  \
     correlations_block<N>(c, blockIdx.x, blockIdx.y, shared);                                                        \
@@ -470,26 +584,35 @@ const char* add_partial(const PartialSum& p, int64_t count, void* stream) {
    : (breadth) == 7 ? launch(strip_##kind##_7, __VA_ARGS__)                \
                     : launch(strip_##kind##_1, __VA_ARGS__))
 
-int even(int n) { return n + n % 2; }
 int up(int64_t n, int64_t by) { return static_cast<int>((n + by - 1) / by); }
+
+// Of maps that begin at these places.
+int together_of(const StripSizes& s, std::initializer_list<const void*> places) {
+  int together = s.width % 4 == 0 ? 4 : s.width % 2 == 0 ? 2 : 1;
+  for (const void* place : places)
+    while (reinterpret_cast<uintptr_t>(place) % (together * sizeof(float))) together /= 2;
+  return together;
+}
 
 Sizes sizes_of(const StripSizes& s, int longest) {
   const auto tile = [&](int64_t side) { return up(side, up(side, longest)); };
   Sizes out{static_cast<int>(s.images), static_cast<int>(s.channels), static_cast<int>(s.height),
-            static_cast<int>(s.width), tile(s.height), tile(s.width), 0, 0, 1};
+            static_cast<int>(s.width), tile(s.height), tile(s.width), 0, 0, 1, 1,
+            Divisor::of(static_cast<int>(s.width)), Divisor::of(static_cast<int>(s.height * s.width))};
   out.tiles_across = up(out.width, out.tile_width);
   out.tiles = out.tiles_across * up(out.height, out.tile_height);
   return out;
 }
 
-int runs_of(const Sizes& s, const Strip& k) { return up(k.tall ? s.tile_height : s.tile_width, kRun); }
-int pairs_of(const Sizes& s, const Strip& k) { return up(k.tall ? s.tile_width : s.tile_height, 2); }
+int along_of(const Sizes& s, const Strip& k) { return k.tall ? s.tile_height : s.tile_width; }
+int across_of(const Sizes& s, const Strip& k) { return k.tall ? s.tile_width : s.tile_height; }
 
-// What a strip of this length and breadth sees of the map, with rows of zeros around.
-Region region_of(const Sizes& s, const Strip& k, int length, int breadth, int anchor, int lead, int trail) {
-  const int along = k.tall ? s.tile_height : s.tile_width, map = k.tall ? s.height : s.width;
-  const int across = even(k.tall ? s.tile_width : s.tile_height) + even(breadth - 1);
-  const int rows = std::min(map, along + length - 1) + lead + trail, pitch = across % 4 == 2 ? across : across + 2;
+// What a strip of this length and breadth sees of the map, with rows of zeros around. `columns`: that a thread reads, at once.
+Region region_of(const Sizes& s, const Strip& k, int length, int breadth, int anchor, int lead, int trail, int columns) {
+  const int along = along_of(s, k), map = k.tall ? s.height : s.width;
+  const int across = up_to(up_to(across_of(s, k), columns) + breadth - 1, columns);
+  const int rows = std::min(map, along + length - 1) + lead + trail;
+  const int pitch = columns == 2 && across % 4 == 0 ? across + 2 : across;
   return {lead, pitch, rows * pitch, breadth / 2, anchor, length - 1 - anchor, k.tall,
           Divisor::of(k.tall ? pitch : rows), Divisor::of(rows * pitch)};
 }
@@ -516,70 +639,71 @@ bool empty(const StripSizes& s) { return s.images == 0 || s.channels == 0 || s.h
 const char* filters(const StripSizes& sizes, const Three& strips, const float* in_h, const float* in_v, const float* in_c,
                     bool adjoint, const float* bias, float* out_h, float* out_v, float* out_i, void* stream) {
   if (empty(sizes)) return nullptr;
-  const bool joint = out_h == nullptr, same = in_v == in_c && lies_on(strips.c, strips.v);
-  const auto anchor = [&](const Strip& k) { return adjoint ? k.length - 1 - k.anchor : k.anchor; };
+  const bool joint = out_h == nullptr, folded = joint && in_v == in_c && lies_on(strips.c, strips.v);
+  const bool shares = in_v == in_c && strips.c.breadth == strips.v.breadth && lies_on(strips.c, strips.v);
+  const auto taps = [](const Strip& k) { return (k.length + 3 * kRun) * tap_pitch_of(k.breadth); };
+  const int all_taps = taps(strips.h) + taps(strips.v) + (folded ? 0 : taps(strips.c));
   Filters f{};
-  int floats_of_a_slot = 0, items = 0;
+  int of_a_slot = 0;
   for (int longest = kTile;; longest /= 2) {
-    f = Filters{sizes_of(sizes, longest), {}, 0, adjoint, 0, 0, 0, joint, bias, {}, {}};
-    const auto pass = [&](const Strip& k, const float* in, Target target, float* out) -> Pass& {
-      f.passes[f.count] = {k, region_of(f.s, k, k.length, k.breadth, anchor(k), 0, kRun - 1), in, nullptr, 0, true, target,
-                           out, nullptr};
-      return f.passes[f.count++];
+    f = Filters{sizes_of(sizes, longest), {}, {}, {}, adjoint, joint, folded, 1, 0, 0, 0, bias, {}, {}};
+    const auto pass = [&](const Strip& k, const float* in, float* out) {
+      const int anchor = adjoint ? k.length - 1 - k.anchor : k.anchor;
+      return Pass{k, region_of(f.s, k, k.length, k.breadth, anchor, 0, kRun - 1, kColumns), in, 0, 0, out};
     };
-    pass(strips.h, in_h, kSet, nullptr);
-    if (joint && !same) pass(strips.c, in_c, kAdd, nullptr);
-    Pass& v = pass(strips.v, in_v, kOut, out_v);
-    v.sum_out = out_h;
-    if (joint && same) v.small = strips.c.kernel, v.small_side = strips.c.length;
-    if (!joint) {
-      Pass& c = pass(strips.c, in_c, kOut, out_i);
-      if (same && strips.c.breadth == strips.v.breadth) c.region = v.region, c.fresh = false;
-    }
-    f.sum_pitch = f.s.tile_width | 1, f.region = f.taps = items = 0;
-    for (int i = 0; i < f.count; ++i) {
-      const Pass& p = f.passes[i];
-      f.taps = std::max(f.taps, (p.strip.length + 3 * kRun) * tap_pitch_of(p.strip.breadth));
-      f.region = std::max(f.region, p.region.size);
-      items = std::max(items, runs_of(f.s, p.strip) * pairs_of(f.s, p.strip));
-    }
-    floats_of_a_slot = f.region + f.s.tile_height * f.sum_pitch;
-    if (f.taps + floats_of_a_slot <= kTilesMost || longest == 8) break;
+    f.h = pass(strips.h, in_h, out_h), f.v = pass(strips.v, in_v, out_v), f.c = pass(strips.c, in_c, out_i);
+    if (shares) f.c.region = f.v.region;
+    f.sum_pitch = f.s.tile_width | 1;
+    of_a_slot = f.h.region.size + f.v.region.size + (folded || shares ? 0 : f.c.region.size) + f.s.tile_height * f.sum_pitch;
+    if (all_taps + of_a_slot <= kTilesMost || longest == 8) break;
   }
-  // As many images as keep the threads busy and fit.
-  f.s.slots = std::max(1, std::min({(kSharedMost - f.taps) / floats_of_a_slot, up(kThreads, items), f.s.images}));
-  f.region *= f.s.slots;
-  f.map_row = Divisor::of(f.s.tile_width), f.map = Divisor::of(f.s.tile_height * f.s.tile_width);
-  return SWCONV_LAUNCH(filters, strips.v.breadth == strips.h.breadth ? strips.v.breadth : 1, f,
-                       static_cast<int64_t>(f.s.tiles) * f.s.channels, up(f.s.images, f.s.slots), kThreads,
-                       f.taps + static_cast<int64_t>(f.s.slots) * floats_of_a_slot, stream);
+  // As many images as keep the threads busy and fit; and more, one after the other, where there are blocks enough.
+  Sizes& s = f.s;
+  const auto items = [](int along, int across) { return up(along, kRun) * up(across, kColumns); };
+  const int busy = up(kThreads, std::max(items(s.tile_height, s.tile_width), items(s.tile_width, s.tile_height)));
+  s.slots = std::max(1, std::min({(kSharedMost - all_taps) / of_a_slot, busy, s.images}));
+  const int64_t across = static_cast<int64_t>(s.tiles) * s.channels, groups = up(s.images, s.slots);
+  f.rounds = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(groups, across * groups / kBlocks)));
+  if (s.tiles == 1) s.together = together_of(sizes, {in_h, in_v, in_c, out_v, joint ? out_v : out_i});
+  f.v.taps = taps(strips.h), f.c.taps = f.v.taps + taps(strips.v);
+  f.h.place = all_taps, f.v.place = f.h.place + s.slots * f.h.region.size;
+  const int after_v = f.v.place + s.slots * f.v.region.size;
+  f.c.place = folded || shares ? f.v.place : after_v;
+  f.sum = folded || shares ? after_v : after_v + s.slots * f.c.region.size;
+  f.clear = s.tiles == 1 ? f.sum - f.h.place : 0;
+  f.tile_row = Divisor::of(s.tile_width), f.tile = Divisor::of(s.tile_height * s.tile_width);
+  return SWCONV_LAUNCH(filters, strips.v.breadth == strips.h.breadth ? strips.v.breadth : 1, f, across, up(groups, f.rounds),
+                       kThreads, f.sum + static_cast<int64_t>(s.slots) * s.tile_height * f.sum_pitch, stream);
 }
 
-// Everything but pointers. `floats`: what a block takes of shared memory. No slots: the strips are too long.
+// Everything but pointers to maps. `floats`: what a block takes of shared memory. No slots: the strips are too long.
 Correlations correlations_of(const StripSizes& sizes, const Three& strips, bool folded, int64_t* floats) {
+  const bool rides = !folded && strips.c.breadth == strips.v.breadth && lies_on(strips.c, strips.v);
   Correlations c{};
   for (int longest = kTile;; longest /= 2) {
-    c = Correlations{sizes_of(sizes, longest), {}, nullptr, 0, 0, static_cast<int>(strip_taps(sizes)), 0, folded,
-                     strips.c.length, strips.h.length * strips.h.breadth + strips.v.length * strips.v.breadth, nullptr};
-    int offset = 0, grad = 0, most_breadth = 1, most_items = 1;
-    for (const Strip& k : {strips.h, strips.v, strips.c}) {
+    c = Correlations{sizes_of(sizes, longest), {}, nullptr, nullptr, strips.c, 0, 0, 0, static_cast<int>(strip_taps(sizes)), 0,
+                     folded, nullptr};
+    int offset = 0, most_breadth = 1, most_items = 1;
+    const int small_offset = strips.h.length * strips.h.breadth + strips.v.length * strips.v.breadth;
+    for (const Strip* k : {&strips.h, &strips.v, &strips.c}) {
+      if (k == &strips.c && (folded || rides)) continue;
       Correlation& p = c.parts[c.count++];
-      p = {k, region_of(c.s, k, k.length, k.breadth, k.anchor, kRun - 1, 2 * (kRun - 1)),
-           region_of(c.s, k, 1, 1, 0, 0, kRun - 1), nullptr, offset, up(k.length, kRun), pairs_of(c.s, k)};
-      offset += k.length * k.breadth;
-      c.region = std::max(c.region, p.region.size), grad = std::max(grad, p.grad_region.size);
-      most_breadth = std::max(most_breadth, k.breadth <= 7 ? k.breadth : 1);
-      most_items = std::max(most_items, p.runs * p.pairs);
+      p = {*k, region_of(c.s, *k, k->length, k->breadth, k->anchor, kRun - 1, 2 * (kRun - 1), 2),
+           region_of(c.s, *k, 1, 1, 0, 0, kRun - 1, 2), nullptr, offset, up(k->length, kRun), up(across_of(c.s, *k), 2),
+           rides && k == &strips.v, small_offset};
+      offset += k->length * k->breadth;
+      c.region = std::max(c.region, p.region.size), c.grad = std::max(c.grad, p.grad_region.size);
+      most_breadth = std::max(most_breadth, k->breadth <= 7 ? k->breadth : 1);
+      most_items = std::max(most_items, (p.runs + p.rider_runs) * p.pairs);
     }
-    if (folded) --c.count;
-    const int sums = kGradThreads * most_breadth * kRun;
-    const auto room = [&](int slots) { return std::max<int64_t>(static_cast<int64_t>(slots) * (c.region + grad), sums); };
-    if ((room(1) <= kTilesMost && most_items <= kGradThreads) || longest == 8) {
-      const int fit = std::max(kSharedMost / (c.region + grad), 1), busy = kGradThreads / most_items;
+    const int sums = kGradThreads * most_breadth * kRun, of_a_slot = c.region + 2 * c.grad;
+    if ((of_a_slot <= kTilesMost && most_items <= kGradThreads) || longest == 8) {
+      const int fit = std::max(kSharedMost / of_a_slot, 1), busy = kGradThreads / most_items;
       c.s.slots = std::min({fit, busy, std::max(c.s.images, 1)});
-      c.chunk = up(kImages, std::max(c.s.slots, 1)) * c.s.slots;
-      *floats = room(c.s.slots);
-      c.region *= c.s.slots;
+      const int64_t groups = up(c.s.images, std::max(c.s.slots, 1));
+      c.chunk = c.s.slots * static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(groups, groups * c.s.channels / kBlocks)));
+      *floats = std::max<int64_t>(static_cast<int64_t>(c.s.slots) * of_a_slot, sums);
+      c.region *= c.s.slots, c.grad *= c.s.slots;
       return c;
     }
   }
@@ -616,7 +740,8 @@ const char* strip_branches_backward_cuda(const StripSizes& s, const float* grad_
     int64_t floats;
     Correlations c = correlations_of(s, strips, grad_v == grad_i && lies_on(strips.c, strips.v), &floats);
     if (c.s.slots == 0) return "the gradient of strips this long is not made for; SWCONV_NATIVE=0 takes plain torch";
-    c.x = x, c.partial = partial;
+    c.x = x, c.rider_grad = grad_i, c.partial = partial;
+    if (c.s.tiles == 1) c.s.together = together_of(s, {x, grad_h, grad_v, grad_i});
     c.parts[0].grad = grad_h, c.parts[1].grad = grad_v, c.parts[2].grad = grad_i;
     if (const char* failed =
             SWCONV_LAUNCH(correlations, strips.v.breadth == strips.h.breadth ? strips.v.breadth : 1, c, s.channels, chunks,

@@ -176,7 +176,7 @@ def _check(
     x: Tensor, kernel_h: Tensor, kernel_v: Tensor, kernel_c: Tensor, anchor_h: int | None, anchor_v: int | None,
     bias: Tensor | None = None,
 ) -> tuple[int, int]:
-    shapes = [tuple(kernel.shape) for kernel in (kernel_h, kernel_v, kernel_c)]
+    shapes = tuple(kernel_h.shape), tuple(kernel_v.shape), tuple(kernel_c.shape)
     channels = x.shape[1] if x.dim() == 4 else None
     fits = channels is not None and all(len(shape) == 4 and shape[:2] == (channels, 1) for shape in shapes)
     if not fits or not (shapes[0][2] % 2 and shapes[1][3] % 2 and shapes[2][2] % 2 and shapes[2][2] == shapes[2][3]):
@@ -186,12 +186,12 @@ def _check(
         )
     if bias is not None and tuple(bias.shape) != (channels,):
         raise ValueError(f"strip_mix needs a bias of shape ({channels},), one per channel of x, got {tuple(bias.shape)}.")
-    others = [kernel_h, kernel_v, kernel_c, *([] if bias is None else [bias])]
-    if not all(tensor.is_floating_point() for tensor in (x, *others)):
-        kinds = ", ".join(str(tensor.dtype) for tensor in (x, *others))
+    tensors = [x, kernel_h, kernel_v, kernel_c, *([] if bias is None else [bias])]
+    if not all(tensor.is_floating_point() for tensor in tensors):
+        kinds = ", ".join(str(tensor.dtype) for tensor in tensors)
         raise ValueError(f"strips need floating-point tensors, got {kinds}. Convert them with .float().")
-    if any(tensor.device != x.device for tensor in others):
-        places = ", ".join(str(tensor.device) for tensor in (x, *others))
+    if any(tensor.device != x.device for tensor in tensors):
+        places = ", ".join(str(tensor.device) for tensor in tensors)
         raise ValueError(f"strips need x and kernels on one device, got {places}. Move them with .to(x.device).")
     anchor_h = shapes[0][3] // 2 if anchor_h is None else anchor_h
     anchor_v = shapes[1][2] // 2 if anchor_v is None else anchor_v

@@ -7,8 +7,8 @@ T the lines' matrices (the strips themselves: csrc/swconv.h):
     h = sum_dy X[y + dy, :] T_h[dy]      v = sum_dx T_v[dx] X[:, x + dx]      i as h, the small kernel being a short strip
 
 and the gradient of the taps of one line is the sums along the diagonals of X[y + dy, :]^T grad_h. Sums are in float32, each
-in one order, so a call repeats bit for bit. Zeros of the matrices are multiplied, too: an infinity or NaN in x spreads along
-its row and column beyond the reach of the taps.
+in one order, so a call repeats bit for bit. Zeros of the matrices are multiplied, too: an infinity or NaN in x spreads over
+its map beyond the reach of the taps, and over the maps that share its tile.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ jit = functools.partial(triton.jit, do_not_specialize=("images", "height", "widt
     "anchor_h", "anchor_v", "before", "share")) if triton else lambda kernel: kernel
 
 PROGRAMS = 1024                          # what a launch is cut into, at least: some for each of 100 to 150 multiprocessors
-ROOM = 99 * 1024                         # bytes of shared memory that a program may have on every GPU meant
-TILES = 19 * 1024                        # of which this is kept for its tiles; the rest holds matrices
+ROOM = 99 * 1024                         # bytes of shared memory that a program may have where there is no GPU to ask
 
 
 def takes(dtype: torch.dtype) -> bool:
@@ -62,7 +61,7 @@ def strip_branches(
     """
     x = x.contiguous()
     h, v, i = (torch.empty_like(x) for _ in range(3))
-    _convolve((x, x, x), (kernel_h, kernel_v, kernel_c), (anchor_h, anchor_v), (h, v, i))
+    _convolve((x,), (kernel_h, kernel_v, kernel_c), (anchor_h, anchor_v), (h, v, i))
     return h, v, i
 
 
@@ -72,7 +71,7 @@ def strip_mix(
     """Sum of the three parts of `strip_branches`, plus a bias of shape (C,), rounded once."""
     x = x.contiguous()
     y = torch.empty_like(x)
-    _convolve((x, x, x), (kernel_h, kernel_v, kernel_c), (anchor_h, anchor_v), (y,), bias)
+    _convolve((x,), (kernel_h, kernel_v, kernel_c), (anchor_h, anchor_v), (y,), bias)
     return y
 
 
@@ -105,7 +104,8 @@ def strip_branches_backward(
     """
     grad_h, grad_v, grad_i, x = (maps.contiguous() for maps in (grad_h, grad_v, grad_i, x))
     grad_x = torch.empty_like(x)
-    _convolve((grad_h, grad_v, grad_i), (kernel_h, kernel_v, kernel_c), (anchor_h, anchor_v), (grad_x,), sign=-1)
+    grads = (grad_h,) if grad_h is grad_v is grad_i else (grad_h, grad_v, grad_i)
+    _convolve(grads, (kernel_h, kernel_v, kernel_c), (anchor_h, anchor_v), (grad_x,), sign=-1)
     grad_kernel_h = _correlate(x, grad_h, kernel_h, anchor_h)
     grad_kernel_v = _correlate(x, grad_v, kernel_v, anchor_v, upright=True)
     grad_kernel_c = _correlate(x, grad_i, kernel_c, kernel_c.shape[3] // 2)
@@ -116,36 +116,44 @@ def strip_branches_backward(
 
 
 def _convolve(
-    inputs: tuple[Tensor, Tensor, Tensor],
+    inputs: tuple[Tensor, ...],
     kernels: tuple[Tensor, Tensor, Tensor],
     anchors: tuple[int, int],
     outputs: tuple[Tensor, ...],
     bias: Tensor | None = None,
     sign: int = 1,
 ) -> None:
-    """Convolve each input with its kernel, into three outputs or all into one. With sign -1: the adjoint, from x's side."""
+    """Convolve three inputs, or one, into three outputs, or all into one. With sign -1: the adjoint, from x's side."""
     x = inputs[0]
     if x.numel() == 0:
         return
     kernel_h, kernel_v, kernel_c = (kernel.contiguous() for kernel in kernels)
     sizes = (*kernel_h.shape[2:], *kernel_v.shape[2:], kernel_c.shape[2])
-    same = len(outputs) == 1 and inputs[0] is inputs[1] is inputs[2]
-    grid, numbers, constants = _convolution(*x.shape, x.element_size(), _room(x.get_device()), *sizes, *anchors, same, PROGRAMS)
+    joint = len(outputs) == 1
+    single = joint and len(inputs) == 1
+    hold, grid, numbers, constants = _convolution(
+        *x.shape, x.element_size(), *_gpu(x.get_device()), *sizes, *anchors, single, PROGRAMS
+    )
+    x_h, x_v, x_c = inputs if len(inputs) == 3 else (x, None, None)
+    y_h, y_v, y_c = (None, None, *outputs) if joint else outputs
+    kernel = held_kernel if hold else convolve_kernel
     with torch.cuda.device_of(x):
-        convolve_kernel[grid](*inputs, *(outputs * 3)[:3], kernel_h, kernel_v, kernel_c, bias, *numbers, SIGN=sign,
-                              JOINT=len(outputs) == 1, **constants)
+        kernel[grid](x_h, x_v, x_c, y_h, y_v, y_c, kernel_h, kernel_v, kernel_c, bias, *numbers, SIGN=sign,
+                     JOINT=joint, **constants)
 
 
 @functools.lru_cache(maxsize=1024)
 def _convolution(
-    images: int, channels: int, height: int, width: int, itemsize: int, room: int, breadth_h: int, length_h: int,
-    length_v: int, breadth_v: int, small: int, anchor_h: int, anchor_v: int, same: bool, programs: int,
-) -> tuple[tuple[int, int, int], tuple[int, ...], dict[str, Any]]:
-    """The grid of a `convolve_kernel`, its numbers and its constants. `same`: one map for all inputs, one output."""
-    fold = same and small <= breadth_h and small // 2 <= anchor_h < length_h - small // 2
-    rows, cols = _side(height, 64), _side(width, 64)
-    bands = breadth_h * cols**2 + breadth_v * rows**2 + (0 if fold else small * cols**2)
-    hold = height <= rows and width <= cols and bands * itemsize <= room - TILES
+    images: int, channels: int, height: int, width: int, itemsize: int, room: int, warps: int, breadth_h: int, length_h: int,
+    length_v: int, breadth_v: int, small: int, anchor_h: int, anchor_v: int, single: bool, programs: int,
+) -> tuple[bool, tuple[int, int, int], tuple[int, ...], dict[str, Any]]:
+    """Whether to hold the matrices; then the kernel's grid, numbers and constants. `single`: one input and one output."""
+    fold = single and small <= breadth_h and small // 2 <= anchor_h < length_h - small // 2
+    rows, cols = max(_side(height, 64), 32), _side(width, 64)
+    most = max(breadth_h, breadth_v, small) + 1               # tiles at a time
+    need = itemsize * ((breadth_h + (0 if fold else small)) * cols**2 + breadth_v * rows**2 + most * rows * cols)
+    hold = height <= rows and width <= cols and need <= room
+    moves = (itemsize < 4 or cols < 64) and need + itemsize * (breadth_v - 1) * cols**2 <= room
     if not hold:
         rows, cols = _side(height, 32), _side(width, 32)
     pitch = _pitch(height, rows)
@@ -154,9 +162,10 @@ def _convolution(
     share = min(max(channels * tiles * groups // programs, 1), 32)
     grid = channels, tiles, triton.cdiv(groups, share)
     numbers = images, height, width, length_h, length_v, anchor_h, anchor_v, share
-    return grid, numbers, {
-        "BREADTH_H": breadth_h, "BREADTH_V": breadth_v, "SMALL": small, "FOLD": fold, "HOLD": hold, "ROWS": rows,
-        "COLS": cols, "PITCH": pitch, "ALIGN": _align(width, itemsize), "num_warps": _warps(rows, cols), "num_stages": 1,
+    return hold, grid, numbers, {
+        "BREADTH_H": breadth_h, "BREADTH_V": breadth_v, "SMALL": small, "FOLD": fold, "ROWS": rows, "COLS": cols,
+        "PITCH": pitch, "ALIGN": _align(width, itemsize), **({"MOVE": moves} if hold else {}),
+        "num_warps": 4 if not hold else warps if rows == 64 else 2, "num_stages": 1,
     }
 
 
@@ -179,7 +188,8 @@ def _correlation(
 ) -> tuple[tuple[int, int, int], tuple[int, ...], dict[str, Any]]:
     """The grid of a `correlate_kernel`, its numbers and its constants."""
     along, across = (height, width) if upright else (width, height)
-    side, rows = _side(along, 64), 32
+    side = _side(along, 64)
+    rows = max(1024 // side, 32)
     pitch = _pitch(across, rows)
     blocks, tiles, groups = triton.cdiv(along, side), triton.cdiv(across, rows), triton.cdiv(images, rows // pitch)
     before = min(triton.cdiv(anchor, side), blocks - 1)
@@ -189,14 +199,17 @@ def _correlation(
     grid, numbers = (channels, shifts, triton.cdiv(work, share)), (images, height, width, length, anchor, before, share)
     return grid, numbers, {
         "BREADTH": breadth, "UPRIGHT": upright, "SIDE": side, "ROWS": rows, "PITCH": pitch,
-        "ALIGN": _align(width, itemsize), "num_warps": max(side // 16, 1), "num_stages": 1,
+        "ALIGN": _align(width, itemsize), "num_warps": side // 16, "num_stages": 1,
     }
 
 
 @functools.cache
-def _room(device: int) -> int:
-    """Bytes of shared memory that a program may have on a GPU; -1 is none."""
-    return ROOM if device < 0 else torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+def _gpu(device: int) -> tuple[int, int]:
+    """Bytes of shared memory that a program may have, and warps for a tile of 64 rows: from Hopper on, four do one product."""
+    if device < 0:
+        return ROOM, 4
+    properties = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin, 4 if properties.major >= 9 else 8
 
 
 def _side(extent: int, most: int) -> int:
@@ -212,10 +225,6 @@ def _pitch(extent: int, rows: int) -> int:
 def _align(width: int, itemsize: int) -> int:
     """What the width is a multiple of, at most a load of 16 bytes."""
     return math.gcd(width, 16 // itemsize)
-
-
-def _warps(rows: int, cols: int) -> int:
-    return max(rows * cols // 1024, 1)
 
 
 # ---- kernels. A tile is rows x columns of one channel, PITCH rows of each of ROWS // PITCH images.
@@ -284,6 +293,113 @@ def _bands(strip, along, BREADTH: tl.constexpr, SMALL: tl.constexpr, SIGN: tl.co
 
 
 @jit
+def _upright(rows, inputs, length, ROWS: tl.constexpr, PITCH: tl.constexpr):
+    """Displacements of inputs from rows; off the strip, by its length, where they are of different images."""
+    slot = tl.arange(0, ROWS) // PITCH
+    return tl.where(slot[:, None] == slot[None, :], inputs[None, :] - rows[:, None], length)
+
+
+@jit
+def _strips(
+    kernel_h, kernel_v, kernel_c, channel, length_h, length_v, anchor_h, anchor_v,
+    BREADTH_H: tl.constexpr, BREADTH_V: tl.constexpr, SMALL: tl.constexpr,
+):
+    """A channel's three kernels, each as `_band` takes it."""
+    kernel_h += channel * BREADTH_H * length_h
+    kernel_v += channel * BREADTH_V * length_v
+    kernel_c += channel * SMALL * SMALL
+    strip_h = (kernel_h, length_h, 1, length_h, anchor_h, kernel_c)
+    strip_v = (kernel_v, 1, BREADTH_V, length_v, anchor_v, kernel_c)
+    return strip_h, strip_v, (kernel_c, SMALL, 1, SMALL, SMALL // 2, kernel_c)
+
+
+@jit
+def _lines(x, plane, rows, cols, LINES: tl.constexpr, ACROSS: tl.constexpr):
+    """A tile and those beside it, moved by rows or, ACROSS, by columns."""
+    tiles = ()
+    for line in tl.static_range(LINES):
+        down, right = (0, line - LINES // 2) if ACROSS else (line - LINES // 2, 0)
+        tiles = tiles + (_load(x, plane, rows + down, cols + right),)
+    return tiles
+
+
+@jit
+def held_kernel(
+    x_h, x_v, x_c, y_h, y_v, y_c, kernel_h, kernel_v, kernel_c, bias,
+    images, height, width, length_h, length_v, anchor_h, anchor_v, share,
+    BREADTH_H: tl.constexpr, BREADTH_V: tl.constexpr, SMALL: tl.constexpr, SIGN: tl.constexpr,
+    JOINT: tl.constexpr, FOLD: tl.constexpr, MOVE: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, PITCH: tl.constexpr, ALIGN: tl.constexpr,
+):
+    """One channel, a share of the groups of images. The tile is the whole map: its matrices are built once, for all images.
+
+    JOINT: h + v + i + bias to y_c. x_h stands for x_v and x_c, too, where those are None. FOLD: x_h is x_c, so the small
+    kernel's matrices are added to the horizontal strip's, and the few tiles of the next group are loaded ahead. MOVE:
+    X[:, x + dx] is X times a matrix of ones on a diagonal, which is exact and faster than loads off the bounds of words.
+    """
+    if x_v is None:
+        x_v, x_c = x_h, x_h
+    channel = tl.program_id(0)
+    width = width // ALIGN * ALIGN                            # tells the compiler
+    rows, cols = tl.arange(0, ROWS) % PITCH, tl.arange(0, COLS)
+    FOLDED: tl.constexpr = SMALL if FOLD else 0
+    DTYPE: tl.constexpr = x_h.dtype.element_ty
+
+    strip_h, strip_v, strip_c = _strips(
+        kernel_h, kernel_v, kernel_c, channel, length_h, length_v, anchor_h, anchor_v, BREADTH_H, BREADTH_V, SMALL
+    )
+    along = cols[:, None] - cols[None, :]
+    held_h = _bands(strip_h, along, BREADTH_H, FOLDED, SIGN, DTYPE)
+    held_v = _bands(strip_v, _upright(rows, rows, length_v, ROWS, PITCH), BREADTH_V, 0, SIGN, DTYPE)
+    held_c = _bands(strip_c, along, 0 if FOLD else SMALL, 0, SIGN, DTYPE)
+    moves = ()
+    for line in tl.static_range(BREADTH_V):
+        moves = moves + (tl.where(along == line - BREADTH_V // 2, 1.0, 0.0).to(DTYPE),)
+
+    first = tl.program_id(2) * share
+    if FOLD:
+        ahead = _lines(x_h, _plane(first, channel, images, height, width, ROWS, PITCH, False), rows, cols, BREADTH_H, False)
+    for group in range(first, tl.minimum(first + share, tl.cdiv(images, ROWS // PITCH))):
+        plane = _plane(group, channel, images, height, width, ROWS, PITCH, False)
+        if FOLD:
+            seen = ahead
+            following = _plane(group + 1, channel, images, height, width, ROWS, PITCH, False)
+            ahead = _lines(x_h, following, rows, cols, BREADTH_H, False)
+        else:
+            seen = _lines(x_h, plane, rows, cols, BREADTH_H, False)
+        centre = seen[BREADTH_H // 2]
+        none = tl.zeros((ROWS, COLS), tl.float32)
+        total = none
+        for line in tl.static_range(BREADTH_H):
+            total = tl.dot(seen[line], held_h[line], total, input_precision="tf32")
+        if not JOINT:
+            _store(y_h, plane, rows, cols, total)
+            total = none
+        if not FOLD:
+            centre = _load(x_v, plane, rows, cols)
+        if not MOVE:
+            seen = _lines(x_v, plane, rows, cols, BREADTH_V, True)
+        for line in tl.static_range(BREADTH_V):
+            if not MOVE:
+                beside = seen[line]
+            elif line == BREADTH_V // 2:
+                beside = centre
+            else:
+                beside = tl.dot(centre, moves[line], input_precision="tf32").to(DTYPE)
+            total = tl.dot(held_v[line], beside, total, input_precision="tf32")
+        if not JOINT:
+            _store(y_v, plane, rows, cols, total)
+            total = none
+        if not FOLD:
+            seen = _lines(x_c, plane, rows, cols, SMALL, False)
+            for line in tl.static_range(SMALL):
+                total = tl.dot(seen[line], held_c[line], total, input_precision="tf32")
+        if bias is not None:
+            total += tl.load(bias + channel).to(tl.float32)
+        _store(y_c, plane, rows, cols, total)
+
+
+@jit
 def _reach(strip, start, extent, SIDE: tl.constexpr, SIGN: tl.constexpr):
     """Blocks of inputs, first and past the last, that the taps reach from the block of outputs at start."""
     kernel, line_step, tap_step, length, anchor, small = strip
@@ -294,47 +410,36 @@ def _reach(strip, start, extent, SIDE: tl.constexpr, SIGN: tl.constexpr):
 
 @jit
 def _horizontal(
-    total, x, plane, rows, left, width, strip, held,
-    BREADTH: tl.constexpr, SMALL: tl.constexpr, SIGN: tl.constexpr, COLS: tl.constexpr, HOLD: tl.constexpr,
+    total, x, plane, rows, left, width, strip,
+    BREADTH: tl.constexpr, SMALL: tl.constexpr, SIGN: tl.constexpr, COLS: tl.constexpr,
 ):
     """total + sum over dy of X[rows + dy, inputs] T[dy]."""
     cols = tl.arange(0, COLS)
-    first, last = 0, 1
-    if not HOLD:
-        first, last = _reach(strip, left, width, COLS, SIGN)
+    first, last = _reach(strip, left, width, COLS, SIGN)
     for block in range(first, last):
         inputs = block * COLS + cols
         along = inputs[:, None] - (left + cols)[None, :]
         for line in tl.static_range(BREADTH):
             seen = _load(x, plane, rows + line - BREADTH // 2, inputs)
-            band = held[line] if HOLD else _band(strip, line - BREADTH // 2, along, BREADTH, SMALL, SIGN, seen.dtype)
+            band = _band(strip, line - BREADTH // 2, along, BREADTH, SMALL, SIGN, seen.dtype)
             total = tl.dot(seen, band, total, input_precision="tf32")
     return total
 
 
 @jit
-def _upright(rows, inputs, length, ROWS: tl.constexpr, PITCH: tl.constexpr):
-    """Displacements of inputs from rows; off the strip, by its length, where they are of different images."""
-    slot = tl.arange(0, ROWS) // PITCH
-    return tl.where(slot[:, None] == slot[None, :], inputs[None, :] - rows[:, None], length)
-
-
-@jit
 def _vertical(
-    total, x, plane, top, cols, height, strip, held,
-    BREADTH: tl.constexpr, SIGN: tl.constexpr, ROWS: tl.constexpr, PITCH: tl.constexpr, HOLD: tl.constexpr,
+    total, x, plane, top, cols, height, strip,
+    BREADTH: tl.constexpr, SIGN: tl.constexpr, ROWS: tl.constexpr, PITCH: tl.constexpr,
 ):
     """total + sum over dx of T[dx] X[inputs, cols + dx]."""
     rows = tl.arange(0, ROWS) % PITCH
-    first, last = 0, 1
-    if not HOLD:
-        first, last = _reach(strip, top, height, ROWS, SIGN)
+    first, last = _reach(strip, top, height, ROWS, SIGN)
     for block in range(first, last):
         inputs = block * ROWS + rows
         along = _upright(top + rows, inputs, strip[3], ROWS, PITCH)
         for line in tl.static_range(BREADTH):
             seen = _load(x, plane, inputs, cols + line - BREADTH // 2)
-            band = held[line] if HOLD else _band(strip, line - BREADTH // 2, along, BREADTH, 0, SIGN, seen.dtype)
+            band = _band(strip, line - BREADTH // 2, along, BREADTH, 0, SIGN, seen.dtype)
             total = tl.dot(band, seen, total, input_precision="tf32")
     return total
 
@@ -344,14 +449,12 @@ def convolve_kernel(
     x_h, x_v, x_c, y_h, y_v, y_c, kernel_h, kernel_v, kernel_c, bias,
     images, height, width, length_h, length_v, anchor_h, anchor_v, share,
     BREADTH_H: tl.constexpr, BREADTH_V: tl.constexpr, SMALL: tl.constexpr, SIGN: tl.constexpr,
-    JOINT: tl.constexpr, FOLD: tl.constexpr, HOLD: tl.constexpr,
+    JOINT: tl.constexpr, FOLD: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, PITCH: tl.constexpr, ALIGN: tl.constexpr,
 ):
-    """One channel, one tile of the outputs, a share of the groups of images.
-
-    JOINT: h + v + i + bias to y_c. FOLD: x_h is x_c, so the small kernel's matrices are added to the horizontal strip's.
-    HOLD: the tile is the whole map; its matrices are built once, for all images.
-    """
+    """`held_kernel` of one tile of a larger map, or with matrices too many to hold: each is built where it is used."""
+    if x_v is None:
+        x_v, x_c = x_h, x_h
     channel = tl.program_id(0)
     width = width // ALIGN * ALIGN                            # tells the compiler
     top = tl.program_id(1) // tl.cdiv(width, COLS) * ROWS
@@ -359,35 +462,24 @@ def convolve_kernel(
     rows = top + tl.arange(0, ROWS) % PITCH
     cols = left + tl.arange(0, COLS)
     FOLDED: tl.constexpr = SMALL if FOLD else 0
-    DTYPE: tl.constexpr = x_h.dtype.element_ty
-
-    kernel_h += channel * BREADTH_H * length_h
-    kernel_v += channel * BREADTH_V * length_v
-    kernel_c += channel * SMALL * SMALL
-    strip_h = (kernel_h, length_h, 1, length_h, anchor_h, kernel_c)
-    strip_v = (kernel_v, 1, BREADTH_V, length_v, anchor_v, kernel_c)
-    strip_c = (kernel_c, SMALL, 1, SMALL, SMALL // 2, kernel_c)
-    held_h, held_v, held_c = (), (), ()
-    if HOLD:
-        held_h = _bands(strip_h, cols[:, None] - cols[None, :], BREADTH_H, FOLDED, SIGN, DTYPE)
-        held_v = _bands(strip_v, _upright(rows, rows, length_v, ROWS, PITCH), BREADTH_V, 0, SIGN, DTYPE)
-        if not FOLD:
-            held_c = _bands(strip_c, cols[:, None] - cols[None, :], SMALL, 0, SIGN, DTYPE)
+    strip_h, strip_v, strip_c = _strips(
+        kernel_h, kernel_v, kernel_c, channel, length_h, length_v, anchor_h, anchor_v, BREADTH_H, BREADTH_V, SMALL
+    )
 
     groups = tl.cdiv(images, ROWS // PITCH)
     for group in range(tl.program_id(2) * share, tl.minimum((tl.program_id(2) + 1) * share, groups)):
         plane = _plane(group, channel, images, height, width, ROWS, PITCH, False)
         none = tl.zeros((ROWS, COLS), tl.float32)
-        total = _horizontal(none, x_h, plane, rows, left, width, strip_h, held_h, BREADTH_H, FOLDED, SIGN, COLS, HOLD)
+        total = _horizontal(none, x_h, plane, rows, left, width, strip_h, BREADTH_H, FOLDED, SIGN, COLS)
         if not JOINT:
             _store(y_h, plane, rows, cols, total)
             total = none
-        total = _vertical(total, x_v, plane, top, cols, height, strip_v, held_v, BREADTH_V, SIGN, ROWS, PITCH, HOLD)
+        total = _vertical(total, x_v, plane, top, cols, height, strip_v, BREADTH_V, SIGN, ROWS, PITCH)
         if not JOINT:
             _store(y_v, plane, rows, cols, total)
             total = none
         if not FOLD:
-            total = _horizontal(total, x_c, plane, rows, left, width, strip_c, held_c, SMALL, 0, SIGN, COLS, HOLD)
+            total = _horizontal(total, x_c, plane, rows, left, width, strip_c, SMALL, 0, SIGN, COLS)
         if bias is not None:
             total += tl.load(bias + channel).to(tl.float32)
         _store(y_c, plane, rows, cols, total)

@@ -52,6 +52,15 @@ def layout(x: Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
+def relaid(x: Tensor, wanted: torch.memory_format) -> Tensor:
+    """x contiguous or channels_last, copied if need be. A compiler gets torch's copy, which it can fuse with its neighbours."""
+    last = wanted == torch.channels_last
+    other = x.is_contiguous() if last else layout(x) == torch.channels_last
+    if x.is_cuda and other and not torch.compiler.is_compiling() and _relayouts():
+        return torch.ops.swconv.relayout.default(x, last)
+    return x.contiguous(memory_format=wanted)
+
+
 def library_sha256() -> str | None:
     """SHA-256 of the library that `available` loads; None where there is none."""
     return hashlib.sha256(LIBRARY.read_bytes()).hexdigest() if available() else None
@@ -101,6 +110,24 @@ def _register_toeplitz() -> None:
         torch.library.impl(op, "cuda", function)
         torch.library.register_fake(op, fake)
     _register_strip_gradients("toeplitz")
+
+
+@functools.cache
+def _relayouts() -> bool:
+    """Whether the copies between layouts can be made by Triton; its operator is registered by the first call."""
+    from swconv.ops import layouts
+
+    if os.environ.get("SWCONV_NATIVE") == "0" or layouts.triton is None:
+        return False
+    torch.library.define("swconv::relayout", "(Tensor x, bool last) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl("swconv::relayout", "cuda", layouts.relayout)
+    torch.library.register_fake("swconv::relayout", _fake_relayout)
+    torch.library.register_autograd("swconv::relayout", lambda ctx, grad: (grad, None))
+    return True
+
+
+def _fake_relayout(x, last):
+    return torch.empty_like(x, memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 @torch.compiler.assume_constant_result
@@ -218,11 +245,14 @@ def _register_strip_gradients(engine: str) -> None:
     """Of `<engine>_branches` and `<engine>_mix`, both by `<engine>_branches_backward`."""
     adjoint = getattr(torch.ops.swconv, f"{engine}_branches_backward")
 
-    def branches_backward(ctx, grad_h, grad_v, grad_i):
-        return *adjoint(grad_h, grad_v, grad_i, *ctx.saved_tensors, ctx.anchor_h, ctx.anchor_v), None, None
+    def as_read(grad):
+        return relaid(grad, torch.contiguous_format) if grad.is_cuda else grad
+
+    def branches_backward(ctx, *grads):
+        return *adjoint(*map(as_read, grads), *ctx.saved_tensors, ctx.anchor_h, ctx.anchor_v), None, None
 
     def mix_backward(ctx, grad):
-        grad = grad.contiguous() if grad.is_cuda else grad            # one copy, so that the three are still one tensor
+        grad = as_read(grad)
         grads = adjoint(grad, grad, grad, *ctx.saved_tensors, ctx.anchor_h, ctx.anchor_v)
         return *grads, grad.sum((0, 2, 3)) if ctx.with_bias else None, None, None
 

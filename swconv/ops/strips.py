@@ -93,7 +93,7 @@ def strip_branches(
             parts = torch.ops.swconv.toeplitz_branches.default(x, *kernels, *anchors)
         case _:
             parts = strip_branches_ref(x, *kernels, *anchors)
-    h, v, i = (part.contiguous(memory_format=layout) for part in parts)
+    h, v, i = (native.relaid(part, layout) for part in parts)
     return h, v, i
 
 
@@ -119,7 +119,7 @@ def strip_mix(
         case _:
             y = sum(strip_branches_ref(x, *kernels, *anchors))
             y = y if bias is None else y + bias[:, None, None]
-    return y.contiguous(memory_format=layout)
+    return native.relaid(y, layout)
 
 
 def strip_branches_ref(
@@ -164,11 +164,11 @@ def half_border(x: Tensor, kernel_h: Tensor, extent: int) -> Tensor:
 
 
 def _operands(x: Tensor, *kernels: Tensor) -> tuple[Tensor, ...]:
-    """x and the kernels in the one dtype to compute in; on a GPU x contiguous, by the same copy."""
+    """x and the kernels in the one dtype to compute in; on a GPU x contiguous."""
     dtype = x.dtype
     if x.is_cuda:
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else dtype
-        x = x.to(dtype, memory_format=torch.contiguous_format)
+        x = native.relaid(x.to(dtype), torch.contiguous_format)
     return x, *(kernel if kernel.dtype == dtype else kernel.to(dtype) for kernel in kernels)
 
 

@@ -118,6 +118,18 @@ def test_a_batch_in_pieces_gives_the_same_bits(engine, case):
     assert empty.shape == x[:0].shape
 
 
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("shape", [(3, 80, 14, 14), (2, 3, 7, 9), (1, 130, 5, 5)])
+def test_a_copy_to_the_other_layout_is_torchs_and_torch_accepts_it(shape, last):
+    given, wanted = (torch.contiguous_format, torch.channels_last)[:: 1 if last else -1]
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.randn(shape, device="cuda", dtype=dtype).contiguous(memory_format=given).requires_grad_()
+        got = native.relaid(x, wanted)
+        assert got.is_contiguous(memory_format=wanted)
+        assert torch.equal(got, x)
+        torch.library.opcheck(torch.ops.swconv.relayout.default, (x, last))
+
+
 def test_float64_is_taken_by_plain_torch_and_its_gradients_are_right():
     tensors, _, anchors = arguments("unequal strips")
     x, *kernels, bias = (t.cuda().requires_grad_() for t in tensors)

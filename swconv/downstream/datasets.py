@@ -9,6 +9,7 @@ A sample is `(image, target)`. The image is uint8 of shape (3, H, W). The target
 """
 
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
@@ -192,9 +193,11 @@ class COCO(Images):
         ids = [key for key, (_, height, width) in sorted(images.items())
                if not training or (key in owned and min(height, width) >= SMALLEST)]
         if not (ids and categories):
-            raise ValueError(f"COCO needs images and categories in {self.annotation_file}, got none that can be used.")
+            raise ValueError(f"COCO needs images and categories in {self.annotation_file}, got none that can be used: what is "
+                             "trained on needs an annotation and sides of 32 px; copy or unpack the file again.")
         self.ids = np.array(ids)
         self._files = [images[key][0] for key in ids]
+        _present("COCO", self._files, self.images)
         self._sizes = np.array([images[key][1:] for key in ids])                      # (n, 2): height, width
         # Bytes, as a million small objects would be copied into every worker that touches them.
         self._owned = [json.dumps(owned.get(key, [])).encode() for key in ids]
@@ -286,6 +289,7 @@ class VOC(Images):
             _need("PASCAL VOC", "VOC<year>/{JPEGImages,Annotations} and VOC<year>/ImageSets/Main/<split>.txt (this is "
                   "VOCdevkit)", root, place / "JPEGImages", place / "Annotations", names)
             ids = names.read_text().split()
+            _present("PASCAL VOC", [f"{name}.jpg" for name in ids], place / "JPEGImages")
             _complete("PASCAL VOC", ids, {path.stem for path in (place / "Annotations").glob("*.xml")},
                       place / "Annotations", "xml")
             self._places += [(place, name) for name in ids]
@@ -332,14 +336,25 @@ def _need(name: str, layout: str, root: Path, *places: Path) -> None:
                                 "put the dataset there, or set its root in params/ to where it is.")
 
 
+def _present(name: str, files: list[str], place: Path) -> None:
+    there = set(os.listdir(place))
+    missing = [each for each in files if each not in there]
+    if missing:
+        raise FileNotFoundError(f"{name} needs {len(files)} images in {place}, got none for {len(missing)}: {_first(missing)}; "
+                                "copy or unpack the dataset again.")
+
+
 def _complete(name: str, ids: list[str], annotated: set[str], place: Path, suffix: str) -> None:
     missing = [each for each in ids if each not in annotated]
     if missing:
         raise FileNotFoundError(
             f"{name} needs an annotation for each of {len(ids)} images in {place}, got none for {len(missing)}: "
-            f"{', '.join(f'{each}.{suffix}' for each in missing[:FILES])}{', ...' if len(missing) > FILES else ''}; "
-            "copy or unpack the dataset again."
+            f"{_first([f'{each}.{suffix}' for each in missing])}; copy or unpack the dataset again."
         )
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:FILES]) + (", ..." if len(names) > FILES else "")
 
 
 def _by_image(path: Path, annotations: list[dict], images: dict, categories: dict) -> dict[int, list[dict]]:
@@ -351,6 +366,10 @@ def _by_image(path: Path, annotations: list[dict], images: dict, categories: dic
         if each["image_id"] not in images:
             raise ValueError(f"{path} needs images of its own list, got image_id {each['image_id']} in annotation "
                              f"{each['id']}; correct or restore the file.")
+        numbers = [*(box if isinstance(box := each.get("bbox"), list) else ()), each.get("area")]
+        if len(numbers) != 5 or not all(isinstance(number, int | float) for number in numbers):
+            raise ValueError(f"{path} needs bbox (x, y, width, height) and area for every object, got {each.get('bbox')} and "
+                             f"{each.get('area')} in annotation {each['id']}; correct or restore the file.")
         owned.setdefault(each["image_id"], []).append(each)
     return owned
 
@@ -368,6 +387,10 @@ def _voc_annotation(path: Path) -> tuple[tuple[int, int], list[tuple[int, list[i
     if unknown:
         raise ValueError(f"{path} needs objects of the {len(VOC_CLASSES)} classes of PASCAL VOC, got {', '.join(unknown)}; "
                          "correct or restore the file.")
+    for name, (left, top, right, bottom), _ in found:
+        if not (left < right and top < bottom):
+            raise ValueError(f"{path} needs boxes with xmin < xmax and ymin < ymax, got {left} {top} {right} {bottom} of a "
+                             f"{name}; correct or restore the file.")
     return size, [(VOC_CLASSES.index(name), box, difficult) for name, box, difficult in found]
 
 

@@ -99,6 +99,9 @@ class NuScenesImages(Images):
         if training:
             self._tokens = [token for token in tqdm(self._tokens, desc="nuScenes: images with boxes", disable=None)
                             if any(True for _ in self._objects(token))]
+            if not self._tokens:
+                raise ValueError(f"nuScenes needs boxes of the {len(CLASSES)} classes in images of {self.split} to train, got "
+                                 f"none in {root}/{version}; unpack the metadata again.")
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -190,9 +193,9 @@ class NuScenesImages(Images):
                                  f"{moment}; unpack the metadata again.")
         cameras = {self.tables.get("sample_data", token)["calibrated_sensor_token"] for token in self._tokens}
         for token in sorted(cameras):
-            if np.shape(self.tables.get("calibrated_sensor", token)["camera_intrinsic"]) != (3, 3):
-                raise ValueError("nuScenes needs a 3 x 3 camera_intrinsic for every camera, got another at the calibration "
-                                 f"{token} in calibrated_sensor.json; unpack the metadata again.")
+            if not _projects(self.tables.get("calibrated_sensor", token)["camera_intrinsic"]):
+                raise ValueError("nuScenes needs a 3 x 3 camera_intrinsic for every camera, and an inverse of it, got another "
+                                 f"at the calibration {token} in calibrated_sensor.json; unpack the metadata again.")
         paths = [Path(self.tables.get_sample_data_path(token)) for token in self._tokens]
         missing = [str(path) for path in paths if not path.exists()]
         if missing:
@@ -409,6 +412,14 @@ def _diagnosis(folder: Path, error: Exception) -> str:
                     return (f"{folder / name}.json needs every {field} in {referred}.json, got '{value}', which is not there; "
                             "unpack the metadata again.")
     return f"The tables in {folder} need the fields of nuScenes, got {error!r}; unpack the metadata again."
+
+
+def _projects(camera: list) -> bool:
+    try:
+        matrix = np.array(camera, float)
+    except (TypeError, ValueError):
+        return False
+    return matrix.shape == (3, 3) and np.isfinite(matrix).all() and np.linalg.matrix_rank(matrix) == 3
 
 
 def _first(names: list[str]) -> str:

@@ -8,7 +8,7 @@ import hashlib
 import io
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,8 @@ def prepare(task: str, data: Mapping[str, Any], out: Path) -> dict[str, Any]:
     root = "files" if tiny else str(Path(data["root"]).absolute())
     sets = [DATASETS[task](out / root, data, training) for training in (True, False)]       # says what is missing
     paths = sorted(path for folder in _folders(task, data) for path in (out / root).glob(folder) if path.is_file())
-    images = [path for path in paths if path.suffix == ".jpg"]
-    manifest.check_sample(manifest.evenly(images, manifest.DECODED), skip=False)
+    for suffix in (".jpg", ".png"):
+        _check_sample(manifest.evenly([path for path in paths if path.suffix == suffix], manifest.DECODED))
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["path", "size", "sha256"])
@@ -114,6 +114,19 @@ def verify(data_dir: Path, task: str) -> None:
         named = ", ".join(bad[:FILES]) + (", ..." if len(bad) > FILES else "")
         raise ValueError(f"{data_dir}/manifest.csv lists {len(rows)} files, got {len(bad)} that differ: {named}; restore "
                          "them or run the data rule again.")
+
+
+def _check_sample(paths: Sequence[Path]) -> None:
+    """Decode some images and maps of classes, so that a damaged copy is noticed before any training."""
+    bad = []
+    for path in tqdm(paths, desc="data: decode a sample", unit="image", disable=None):
+        try:
+            manifest.read_image(path, "RGB")
+        except manifest.ImageError:
+            bad.append(str(path))
+    if bad:
+        raise ValueError(f"the dataset needs readable images, got {len(bad)} of {len(paths)} sampled that are not: "
+                         f"{', '.join(bad[:FILES])}{', ...' if len(bad) > FILES else ''}; copy or unpack it again.")
 
 
 def _folders(task: str, data: Mapping[str, Any]) -> list[str]:

@@ -175,6 +175,10 @@ def test_coco_without_its_files_says_what_is_expected_where(tmp_path):
 @pytest.mark.parametrize(("change", "message"), [
     (lambda c: c["annotations"][3].update(category_id=12), r"its own list \(80 ids\), got category_id 12 in annotation 4"),
     (lambda c: c["annotations"][3].update(image_id=77), "images of its own list, got image_id 77 in annotation 4"),
+    (lambda c: c["annotations"][3].pop("bbox"), "needs bbox .* got None and .* in annotation 4; correct or restore"),
+    (lambda c: c["annotations"][3].update(bbox=[1, 2, 3]), r"needs bbox .* got \[1, 2, 3\] and"),
+    (lambda c: c["annotations"][3].update(bbox=[1, 2, 3, "4"]), "needs bbox .* in annotation 4"),
+    (lambda c: c["annotations"][3].pop("area"), "and area for every object, got .* and None in annotation 4"),
     (lambda c: c.pop("images"), r"COCO's instances with images, categories and annotations, got KeyError\('images'\)"),
     (lambda c: c["images"].clear() or c["annotations"].clear(), "got none that can be used"),
     (lambda c: c["categories"].clear() or c["annotations"].clear(), "got none that can be used"),
@@ -184,6 +188,15 @@ def test_coco_names_what_is_wrong_in_its_json(root, change, message):
     edit(path, change)
     with pytest.raises(ValueError, match=message):
         COCO(root / "coco", "train2017")
+
+
+def test_images_that_are_listed_and_not_there_are_named_before_any_training(root):
+    (root / "coco/train2017/000000000002.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match="COCO needs 16 images in .*/train2017, got none for 1: 0+2.jpg; copy"):
+        COCO(root / "coco", "train2017")
+    (root / "voc/VOC2007/JPEGImages/000003.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match="VOC needs 16 images in .*/JPEGImages, got none for 1: 000003.jpg; copy"):
+        VOC(root / "voc", "trainval")
 
 
 def test_coco_names_a_cut_off_json(root):
@@ -249,6 +262,7 @@ def test_voc_without_its_folders_says_what_is_expected_where(root):
 @pytest.mark.parametrize(("old", "new", "message"), [
     ("<name>aeroplane</name>", "<name>zebra</name>", "000001.xml needs objects of the 20 classes of PASCAL VOC, got zebra"),
     ("<xmin>", "<left>", "000001.xml needs size and for each object name and bndbox, got ParseError"),
+    ("<xmin>", "<xmin>99", "000001.xml needs boxes with xmin < xmax and ymin < ymax, got 99"),
     ("<width>160</width>", "<width>150</width>", "fit its image, got 150 x 120 pixels for an image of 160 x 120"),
 ])
 def test_voc_names_what_is_wrong_in_an_annotation(root, old, new, message):

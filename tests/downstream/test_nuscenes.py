@@ -281,6 +281,14 @@ def test_an_image_without_annotation_trains_as_background_and_is_left_out_on_dem
     assert len(NuScenesImages(folder, "train", training=True)) == 6
 
 
+def test_images_without_a_box_of_the_ten_classes_cannot_be_trained_on(spoiled):
+    folder, edit = spoiled
+    edit("category", lambda rows: [row | {"name": "animal"} for row in rows])
+    assert len(NuScenesImages(folder, "train")) == 8
+    with pytest.raises(ValueError, match="needs boxes of the 10 classes in images of mini_train to train, got none in"):
+        NuScenesImages(folder, "train", training=True)
+
+
 def one_line(error):
     return " ".join(str(error.value).split())
 
@@ -316,10 +324,11 @@ def test_a_missing_calibration_is_named(spoiled):
         NuScenesImages(folder, "train")
 
 
-def test_a_camera_without_intrinsics_is_named(spoiled):
+@pytest.mark.parametrize("camera", [[], [["f", 0, 0]] * 3, [[0, 0, 0]] * 3], ids=["none", "text", "zeros"])
+def test_a_camera_without_intrinsics_is_named(spoiled, camera):
     folder, edit = spoiled
-    edit("calibrated_sensor", lambda rows: [row | {"camera_intrinsic": []} for row in rows])
-    with pytest.raises(ValueError, match="needs a 3 x 3 camera_intrinsic for every camera, got another at the calibration"):
+    edit("calibrated_sensor", lambda rows: [row | {"camera_intrinsic": camera} for row in rows])
+    with pytest.raises(ValueError, match="needs a 3 x 3 camera_intrinsic for every camera, and an inverse of it, got another"):
         NuScenesImages(folder, "train")
 
 

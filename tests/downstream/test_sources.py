@@ -52,9 +52,10 @@ def test_maps_of_classes_are_annotations_and_hashed_though_they_are_images(known
 def test_a_folder_without_annotations_and_an_unreadable_image_are_refused(known, tiny, tmp_path):
     copy = shutil.copytree(tiny / "ade20k/files", tmp_path / "ade")
     data = known.of_task("ade20k", "smoke") | {"root": str(copy)}
-    next((copy / "images/training").glob("*.jpg")).write_bytes(b"no image")
-    with pytest.raises(ValueError, match="needs readable images, got 1 unreadable among those sampled: "):
-        sources.prepare("ade20k", data, tmp_path / "out")
+    for file in ("annotations/training/ADE_train_00000001.png", "images/training/ADE_train_00000001.jpg"):
+        (copy / file).write_bytes(b"no image")
+        with pytest.raises(ValueError, match=rf"needs readable images, got 1 of \d+ sampled that are not: \S+/{file}; copy or"):
+            sources.prepare("ade20k", data, tmp_path / "out")
     shutil.rmtree(copy / "annotations")
     with pytest.raises(FileNotFoundError, match=r"ADE20K needs a folder with .*; put the dataset there, or set its root"):
         sources.prepare("ade20k", data, tmp_path / "out")

@@ -23,7 +23,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 # Where data lies, how fast they are read, how the work is shared out, and what is done with the result afterwards do not
 # change it: left out of a run's identity. The number of processes where BatchNorm sees what all of them have.
-_CIRCUMSTANCES = {"dataset": ("root", "workers", "cache"), "machine": ("checkpoint_minutes", "processes"),
+_CIRCUMSTANCES = {"dataset": ("root", "workers", "cache"), "machine": ("checkpoint_minutes", "processes", "recompute"),
                   "recipe": ("calibration_passes",)}
 
 
@@ -234,11 +234,12 @@ class Dataset(_Row):
 
 
 class Machine(_Row):
-    """What bitwise equality depends on: part of a run's identity but for `checkpoint_minutes` and `processes`.
+    """What bitwise equality depends on: part of a run's identity but for `checkpoint_minutes`, `processes` and `recompute`.
 
     A batch passes through the network in parts of `micro_batch` images, null for all at once. The processes (one per GPU)
     share every part: with `sync_bn` BatchNorm sees all of it, whatever their number, and this is no part of the identity.
-    `threads` are per process. Mixup pairs the images of a part, so their number is even.
+    `threads` are per process. Mixup pairs the images of a part, so their number is even. With `recompute` the blocks keep less
+    for the backward pass and take longer, to the same bits.
     """
 
     device: Literal["cpu", "cuda"]
@@ -250,6 +251,7 @@ class Machine(_Row):
     compile: bool
     sync_bn: bool
     micro_batch: Even | None
+    recompute: bool
     checkpoint_minutes: Annotated[float, Field(gt=0)]
 
 

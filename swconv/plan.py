@@ -147,25 +147,30 @@ def parameters(name: str, args: Args, in_chans: int, num_classes: int) -> int | 
     return stem + downsampling + blocks + 2 * last + last * num_classes + num_classes
 
 
-def kept(name: str, args: Args, in_chans: int, image_size: int) -> float | None:
+def kept(name: str, args: Args, in_chans: int, image_size: int, recompute: bool = False) -> float | None:
     """Floats that the network keeps of one image for the backward pass, estimated; None as for `parameters`.
 
     Every tensor that torch saves is counted once: what enters a convolution, a norm, a linear layer, GELU, or a product. In a
     block of width C these are 12 C per pixel (17 C with UniRepLKNet's tail, one more with squeeze-and-excitation), the input of
     the mixer included, and the maps of the mixer. Left out are its assembled kernels, the same for all images, and what
     half padding takes away at the borders.
+
+    With `recompute` (machine) a block keeps 6 C, or 2 C before the last two stages, and one block at a time has the rest anew.
     """
     if (mixer := _mixer(name, args)) is None:
         return None
     grown, widths, side = name in _GROWN, widths_of(args), ceil(image_size / 4)
     tail = (17 if grown else 12) + bool(args.get("use_se"))
-    total = in_chans * image_size**2 + side * side * widths[0] * (7 if grown else 1)
+    total, anew = in_chans * image_size**2 + side * side * widths[0] * (7 if grown else 1), 0.0
     for stage, (width, sizes) in enumerate(zip(widths, _sizes(args), strict=True)):
         if stage:
             before, side = side, ceil(side / 2)
             total += before**2 * widths[stage - 1] * (1 if grown else 2) + side**2 * width * grown
-        total += side * side * sum(width * tail + mixer(width, size, side)[1] for size in sizes)
-    return total
+        blocks = [side * side * (width * tail + mixer(width, size, side)[1]) for size in sizes]
+        least = side * side * width * (6 if stage >= len(widths) - 2 else 2)
+        total += least * len(blocks) if recompute else sum(blocks)
+        anew = max(anew, *(block - least for block in blocks))
+    return total + anew * recompute
 
 
 def table(plan: Plan) -> str:
@@ -226,7 +231,7 @@ def _entry(known: Params, run: str, profile: str, same_as: str | None, artifacts
     images = steps * recipe["batch_size"]
     name, args = row["model"]["name"], row["model"]["args"]
     count = parameters(name, args, dataset["in_chans"], dataset["num_classes"])
-    floats = kept(name, args, dataset["in_chans"], dataset["image_size"])
+    floats = kept(name, args, dataset["in_chans"], dataset["image_size"], machine["recompute"])
     memory = disk = None
     if count is not None and floats is not None:
         sparsity = recipe["sparsity"]

@@ -619,6 +619,7 @@ def test_masks_per_filter_by_single_magnitudes_are_refused(folder):
     ("mini", "processes: 1", "processes: 2"),
     ("mini", "checkpoint_minutes: 10", "checkpoint_minutes: 1.5"),
     ("paper", "processes: 1", "processes: 4"),
+    ("mini", "recompute: false", "recompute: true"),
 ])
 def test_how_the_work_is_shared_out_and_saved_is_no_part_of_a_runs_identity(folder, known, profile, old, new):
     path = folder / f"profiles/{profile}.yaml"

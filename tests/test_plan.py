@@ -12,9 +12,9 @@ import pytest
 import timm
 import torch
 
-import swconv.models  # noqa: F401  registers the models with timm
 from swconv import params
 from swconv.__main__ import main
+from swconv.models.network import set_recompute
 from swconv.plan import kept, parameters, plan, table
 
 
@@ -64,13 +64,9 @@ def test_weights_are_counted_for_what_no_row_has_yet(known, change):
     assert parameters("sw_slak_tiny", config["model"]["args"] | change, 3, 1000) == sum(w.numel() for w in model.parameters())
 
 
-@pytest.mark.parametrize("run", ["sw00", "sw02", "sw04", "sw11", "sw21", "sw24", "sw25", "sw26", "cnx_t_rep_31_120",
-                                 "cnx_t_stack10x3_120", "cnx_t_seq_120", "unireplknet_t_300"])
-def test_what_a_backward_pass_needs_is_within_a_tenth_of_what_torch_keeps(known, run):
-    config, size, batch = known.resolve(run, "paper"), 128, 4
-    config["model"]["args"]["depths"] = [1, 1, 2, 1]
-    model, floats = network(config), {}
-    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+def torch_keeps(module, x):
+    """Floats that one pass keeps, besides the module's own."""
+    floats, own = {}, {tensor.untyped_storage().data_ptr() for tensor in [*module.parameters(), *module.buffers()]}
 
     def keep(tensor):
         storage = tensor.untyped_storage()
@@ -79,9 +75,30 @@ def test_what_a_backward_pass_needs_is_within_a_tenth_of_what_torch_keeps(known,
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.train()(torch.zeros(batch, 3, size, size))
-    estimate = kept(config["model"]["name"], config["model"]["args"], 3, size)
-    assert estimate == pytest.approx(sum(count for count, _ in floats.values()) / batch, rel=0.1)
+        module.train()(x)
+    return sum(count for count, _ in floats.values())
+
+
+@pytest.mark.parametrize("run", ["sw00", "sw02", "sw04", "sw11", "sw21", "sw24", "sw25", "sw26", "cnx_t_rep_31_120",
+                                 "cnx_t_stack10x3_120", "cnx_t_seq_120", "unireplknet_t_300"])
+def test_what_a_backward_pass_needs_is_within_a_tenth_of_what_torch_keeps(known, run):
+    config, size, batch = known.resolve(run, "paper"), 128, 4
+    config["model"]["args"]["depths"] = [1, 1, 2, 1]
+    found = torch_keeps(network(config), torch.zeros(batch, 3, size, size))
+    assert kept(config["model"]["name"], config["model"]["args"], 3, size) == pytest.approx(found / batch, rel=0.1)
+
+
+@pytest.mark.parametrize("run", ["sw00", "sw11", "sw24", "unireplknet_t_300"])
+def test_with_recompute_it_is_what_torch_keeps_and_the_maps_of_the_largest_block(known, run):
+    config, size, batch = known.resolve(run, "paper"), 128, 4
+    config["model"]["args"]["depths"] = [1, 1, 2, 1]
+    model = network(config)
+    x = model.stem(torch.zeros(batch, 3, size, size)).detach()
+    largest = torch_keeps(model.stages[0].blocks[0], x) - 2 * x.numel()         # its input and its contraction are kept anyway
+    set_recompute(model)
+    found = torch_keeps(model, torch.zeros(batch, 3, size, size)) + largest
+    estimate = kept(config["model"]["name"], config["model"]["args"], 3, size, recompute=True)
+    assert estimate == pytest.approx(found / batch, rel=0.1)
 
 
 def test_hours_are_those_of_the_list_of_runs(known):

@@ -19,6 +19,7 @@ from swconv.downstream.batches import Batches, Collate, Loader
 from swconv.downstream.benchmarks import benchmark, moved
 from swconv.downstream.datasets import Images, Target
 from swconv.downstream.pyramid import Pyramid, parameter_groups
+from swconv.models.network import set_recompute
 from swconv.models.sync_norm import sync_batch_norms
 from swconv.training import distributed
 from swconv.training.data import MEMORY_FORMATS
@@ -87,6 +88,7 @@ class FineTuning(Training):
         self.model = used.network(build_pyramid(config))
         if init:
             load_pretrained(self.model.pyramid, init, config["grown"])
+        set_recompute(self.model, self.machine["recompute"])
         self.model.to(self.device, memory_format=MEMORY_FORMATS[self.machine["memory_format"]])
         if self.world > 1 and self.machine["sync_bn"]:
             sync_batch_norms(self.model)

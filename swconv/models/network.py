@@ -5,7 +5,8 @@ One image's journey: (B, 3, 224, 224) -> stem (B, C1, 56, 56) -> stages, each ha
 "convnext" (SLaK, ConvNeXt) and "unireplknet" (SW-tiny, UniRepLKNet).
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -13,11 +14,12 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, LayerNorm2d, SqueezeExcite, calculate_drop_path_rates, trunc_normal_
 from timm.layers.grn import GlobalResponseNorm
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs
+from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # SyncBatchNorm too
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils.checkpoint import checkpoint
 
 from swconv.ops import affine
 
@@ -41,11 +43,49 @@ class ResponseNorm(GlobalResponseNorm):
         return x * scale if self.bias is None else torch.addcmul(self.bias.to(x.dtype), x, scale)
 
 
+def recomputed(part: Callable[[Tensor], Tensor], x: Tensor, owner: nn.Module, draws: bool = False) -> Tensor:
+    """part(x), of which x alone is kept: the backward pass computes the rest anew, as far as it needs it.
+
+    The owner's BatchNorms count the batch once, so that no bit changes. Where no gradient is asked for, and under
+    torch.compile, which decides itself what it keeps, it is part(x).
+
+    Parameters
+    ----------
+    part : callable
+        Function of one Tensor, made of the owner's layers.
+    draws : bool
+        Whether it draws random numbers: they are then drawn again as before.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return part(x)
+    return checkpoint(part, x, use_reentrant=False, preserve_rng_state=draws,
+                      context_fn=lambda: (nullcontext(), _counted(owner)))
+
+
+@contextmanager
+def _counted(owner: nn.Module) -> Iterator[None]:
+    """Have BatchNorms count into copies that are dropped: they have counted this batch."""
+    norms = [module for module in owner.modules() if isinstance(module, _BatchNorm)]
+    buffers = [dict(norm.named_buffers()) for norm in norms]
+    for norm, own in zip(norms, buffers, strict=True):
+        norm._buffers.update({name: buffer.clone() for name, buffer in own.items()})
+    try:
+        yield
+    finally:
+        for norm, own in zip(norms, buffers, strict=True):
+            norm._buffers.update(own)
+
+
 class Block(nn.Module):
-    """Token mixer, norm, pointwise expansion and contraction, layer scale, stochastic depth, residual."""
+    """Token mixer, norm, pointwise expansion and contraction, layer scale, stochastic depth, residual.
+
+    With `recompute` set it keeps for the backward pass its input, the expansion before the activation (unless
+    `expands_anew`) and the contraction; all else is cheap and computed anew.
+    """
 
     def __init__(
-        self, mixer: nn.Module, channels: int, skeleton: Skeleton, use_se: bool, layer_scale_init: float, drop_path: float
+        self, mixer: nn.Module, channels: int, skeleton: Skeleton, use_se: bool, layer_scale_init: float, drop_path: float,
+        expands_anew: bool = False,
     ) -> None:
         super().__init__()
         grown = skeleton == "unireplknet"
@@ -59,16 +99,27 @@ class Block(nn.Module):
         self.norm_out = nn.BatchNorm2d(channels) if grown else nn.Identity()
         self.gamma = nn.Parameter(layer_scale_init * torch.ones(channels)) if layer_scale_init > 0 else None
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.folded = False
+        self.folded = self.recompute = False
+        self.expands_anew = expands_anew
 
     def forward(self, x: Tensor) -> Tensor:
+        run = partial(recomputed, owner=self) if self.recompute and self.training else _run
+        if self.expands_anew:
+            y = run(lambda x: self._contract(self._expand(x)), x)
+        else:
+            y = run(self._contract, run(self._expand, x))
+        return x + self.drop_path(run(self._close, y))
+
+    def _expand(self, x: Tensor) -> Tensor:
         y = self.se(self.norm(self.mixer(x)))                         # (B, C, H, W)
-        y = y.permute(0, 2, 3, 1)                                     # (B, H, W, C)
-        y = self.pwconv2(self.grn(self.act(self.pwconv1(y))))
+        return self.pwconv1(y.permute(0, 2, 3, 1))                    # (B, H, W, 4 C)
+
+    def _contract(self, y: Tensor) -> Tensor:
+        return self.pwconv2(self.grn(self.act(y)))                    # (B, H, W, C)
+
+    def _close(self, y: Tensor) -> Tensor:
         y = self.norm_out(y.permute(0, 3, 1, 2))                      # (B, C, H, W)
-        if self.gamma is not None:
-            y = y * self.gamma[:, None, None]
-        return x + self.drop_path(y)
+        return y if self.gamma is None else y * self.gamma[:, None, None]
 
     @torch.no_grad()
     def reparameterize(self) -> None:
@@ -125,6 +176,10 @@ class Block(nn.Module):
         self.norm_out, self.gamma = nn.Identity(), None
 
 
+def _run(part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return part(x)
+
+
 class Stage(nn.Module):
     """Downsampling (none in the first stage), then blocks."""
 
@@ -136,7 +191,11 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
-        return checkpoint_seq(self.blocks, x) if self.grad_checkpointing and self.training else self.blocks(x)
+        if not (self.grad_checkpointing and self.training):
+            return self.blocks(x)
+        for block in self.blocks:
+            x = recomputed(block, x, block, draws=True)
+        return x
 
 
 class LargeKernelNet(nn.Module):
@@ -193,7 +252,8 @@ class LargeKernelNet(nn.Module):
         for s, (depth, width, kernels) in enumerate(zip(depths, widths, kernel_sizes, strict=True)):
             cycle = [kernels] if isinstance(kernels, int) else list(kernels)
             blocks = [
-                Block(mixer(width, cycle[b % len(cycle)]), width, skeleton, use_se, layer_scale_init, drops[s][b])
+                Block(mixer(width, cycle[b % len(cycle)]), width, skeleton, use_se, layer_scale_init, drops[s][b],
+                      expands_anew=s < len(depths) - 2)               # wide maps, few channels: products cost less than memory
                 for b in range(depth)
             ]
             stages.append(Stage(_downsample(skeleton, widths[s - 1], width) if s else nn.Identity(), blocks))
@@ -279,6 +339,16 @@ class LargeKernelNet(nn.Module):
         self.global_pool = self.global_pool if global_pool is None else global_pool
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         self.head.apply(_init_weights)
+
+
+def set_recompute(model: nn.Module, enable: bool = True) -> None:
+    """Have all blocks in a model trade time for memory (`Block`), without a change of any bit.
+
+    timm's `set_grad_checkpointing` goes further: it runs whole blocks anew, products included.
+    """
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.recompute = enable
 
 
 def pretrained_cfgs(names: Iterable[str]) -> Any:

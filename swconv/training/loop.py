@@ -30,14 +30,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import swconv.models  # noqa: F401  registers the models with timm
 from swconv.atomic import write_atomic, write_json
+from swconv.models.network import set_recompute
 from swconv.models.sync_norm import sync_batch_norms
 from swconv.sparsity import SparseTraining
 from swconv.training import checkpoint, distributed, manifest
 from swconv.training.data import MEMORY_FORMATS, TrainLoader, ValLoader, erasing_for, mixup_for, to_input
 from swconv.training.finished import first_line, load_weights, published_sha256
-from swconv.training.memory import keep_freed_memory
+from swconv.training.memory import keep_freed_memory, return_freed_memory
 from swconv.training.optim import parameter_groups, schedule
 from swconv.training.record import values
 from swconv.training.stop import StoppedError
@@ -499,8 +499,10 @@ class Sitting:
 def build(config: Mapping[str, Any]) -> nn.Module:
     """The network of a resolved row, freshly initialised from the global generator."""
     model, dataset = config["model"], config["dataset"]
-    return timm.create_model(model["name"], num_classes=dataset["num_classes"], in_chans=dataset["in_chans"],
-                             drop_path_rate=config["recipe"]["drop_path_rate"], **model["args"])
+    network = timm.create_model(model["name"], num_classes=dataset["num_classes"], in_chans=dataset["in_chans"],
+                                drop_path_rate=config["recipe"]["drop_path_rate"], **model["args"])
+    set_recompute(network, config["machine"]["recompute"])
+    return network
 
 
 def share_of_batch(recipe: Mapping[str, Any], machine: Mapping[str, Any], processes: int) -> int:
@@ -529,7 +531,7 @@ def prepare_machine(machine: Mapping[str, Any]) -> torch.device:
         When there is no GPU for this process.
     """
     torch.set_num_threads(machine["threads"])
-    keep_freed_memory()
+    return_freed_memory() if machine["recompute"] else keep_freed_memory()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = machine["tf32"]
     if machine["device"] == "cpu":
         return torch.device("cpu")

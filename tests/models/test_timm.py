@@ -1,10 +1,15 @@
 """timm's conventions, for one network of every family."""
 
+import copy
+
 import pytest
 import timm
 import torch
 
-import swconv.models  # noqa: F401
+from swconv.bench.timing import training_memory
+from swconv.models import network
+from swconv.models.network import Block, set_recompute
+from swconv.ops import ShiftwiseConv2d
 
 NAMES = ("sw_tiny", "sw_slak_tiny", "slak_tiny", "lk_convnext_tiny", "unireplknet_tiny")
 SMALL = {"depths": (1, 2, 1), "dims": (8, 12, 16), "kernel_sizes": (9, 7, 7), "num_classes": 5}
@@ -52,21 +57,54 @@ def test_the_classifier_can_be_replaced_and_dropped(model):
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, model.num_features, 2, 2)
 
 
-def test_checkpointed_blocks_give_the_same_gradients(model):
-    x = torch.randn(2, 3, 32, 32)
-    model.train()
+def trained(model: torch.nn.Module, amp: bool) -> list[torch.Tensor]:
+    """Loss, gradients, statistics and random state after two passes in training."""
+    torch.manual_seed(1)
+    x = torch.randn(4, 3, 48, 48)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            loss = torch.nn.functional.cross_entropy(model(x), torch.arange(4))
+        loss.backward()
+    return [loss, *(p.grad for p in model.parameters()), *model.buffers(), torch.get_rng_state()]
 
-    def gradients() -> list[torch.Tensor]:
-        loss = model(x).square().sum()
-        return list(torch.autograd.grad(loss, list(model.parameters())))
 
-    for norm in model.modules():
-        if isinstance(norm, torch.nn.BatchNorm2d):
-            norm.momentum = 0.0
-    expected = gradients()
-    model.set_grad_checkpointing()
-    for got, wanted in zip(gradients(), expected, strict=True):
-        torch.testing.assert_close(got, wanted)
+@pytest.mark.parametrize("ways", [("recompute",), ("checkpointing",), ("recompute", "checkpointing")])
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_computed_anew_changes_no_bit_and_counts_no_batch_twice(name, amp, ways):
+    torch.manual_seed(0)
+    plain = timm.create_model(name, **SMALL, drop_path_rate=0.3, layer_scale_init=1.0).train()
+    other = copy.deepcopy(plain)
+    set_recompute(other, "recompute" in ways)
+    other.set_grad_checkpointing("checkpointing" in ways)
+    for got, wanted in zip(trained(other, amp), trained(plain, amp), strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize(("expands_anew", "maps"), [(False, 6), (True, 2)])
+def test_a_recomputing_block_keeps_input_expansion_and_contraction_and_no_other_map(expands_anew, maps):
+    block = Block(ShiftwiseConv2d(16, 13), 16, "unireplknet", True, 1.0, 0.0, expands_anew).train()
+    x = torch.randn(2, 16, 24, 24, requires_grad=True)
+
+    def kept() -> float:                                              # maps of x's size besides x
+        return training_memory(lambda: block(x).sum().backward(), x)["saved_maps"] / x.untyped_storage().nbytes()
+
+    assert kept() > 14
+    block.recompute = True
+    assert kept() == maps - 1
+
+
+def test_only_stages_before_the_last_two_run_their_expansion_anew(model):
+    assert [[block.expands_anew for block in stage.blocks] for stage in model.stages] == [[True], [False] * 2, [False]]
+
+
+def test_a_block_that_does_not_train_keeps_nothing_and_recomputes_nothing(model, monkeypatch):
+    set_recompute(model)
+    monkeypatch.setattr(network, "checkpoint", None)                  # calling it would fail
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        model.train()(x)
+    model.eval()(x).sum().backward()
 
 
 def test_layers_group_by_depth(model):
@@ -84,3 +122,19 @@ def test_models_export_and_compile_whole(model):
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-5)
+
+
+def test_a_recomputing_model_exports_and_compiles_whole_with_its_gradients():
+    torch.manual_seed(0)
+    model = timm.create_model("sw_tiny", depths=(1,), dims=(8,), kernel_sizes=(9,), num_classes=5, layer_scale_init=1.0)
+    set_recompute(model)
+    x = torch.randn(4, 3, 48, 48)
+    exported = torch.export.export(model.eval(), (x,)).module()
+    torch.testing.assert_close(exported(x), model(x), atol=1e-5, rtol=1e-5)
+    plain = copy.deepcopy(model).train()
+    compiled = torch.compile(model.train(), backend="aot_eager", fullgraph=True)
+    for form in (plain, compiled):
+        form(x).square().sum().backward()
+    for (name, got), wanted in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, wanted.grad, atol=1e-4, rtol=1e-3, msg=name)
+    torch.testing.assert_close(list(model.buffers()), list(plain.buffers()))

@@ -32,11 +32,11 @@ def digits(tmp_path_factory):
     return folder
 
 
-def configuration(micro_batch: int | None = None) -> dict:
+def configuration(micro_batch: int | None = None, recompute: bool = False) -> dict:
     """No mask, drop path, mixup or augmentation: nothing that knows how many processes there are."""
     config = params.load().resolve(RUN, "smoke")
     config["recipe"] |= {"epochs": 3, "evaluate_every": 1, "sparsity": None}
-    config["machine"] |= {"micro_batch": micro_batch}
+    config["machine"] |= {"micro_batch": micro_batch, "recompute": recompute}
     return config
 
 
@@ -44,12 +44,12 @@ def circumstances(config: dict) -> dict:
     return record.circumstances(key="k", run=RUN, profile="smoke", seed=0, code="c", config=config, data_sha256="d")
 
 
-def trained(kind: str, micro_batch: int | None, digits: Path) -> tuple[dict, list[float]]:
+def trained(kind: str, micro_batch: int | None, digits: Path, recompute: bool = False) -> tuple[dict, list[float]]:
     """Weights and losses of ten steps in float64."""
     build = loop.build
     loop.build = lambda config: build(config).double()
     try:
-        config = configuration(micro_batch)
+        config = configuration(micro_batch, recompute)
         training = loop.Training(config, digits, seed=0)
         normalise = training.normalise
         training.normalise = lambda images: normalise(images).double()
@@ -88,7 +88,7 @@ def begun(digits: Path) -> dict:
     return found
 
 
-CASES = [(kind, micro_batch) for kind in ("sgd", "adamw") for micro_batch in (None, 16)]
+CASES = [*((kind, micro_batch, False) for kind in ("sgd", "adamw") for micro_batch in (None, 16)), ("sgd", 16, True)]
 
 
 def _process(rank: int, digits: Path, folder: Path) -> None:
@@ -96,8 +96,9 @@ def _process(rank: int, digits: Path, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
                    "SWCONV_RENDEZVOUS": f"file://{folder}/rendezvous"}
     with loop.distributed.group("cpu"):
-        for kind, micro_batch in CASES:
-            torch.save(trained(kind, micro_batch, digits), folder / f"{kind}-{micro_batch}-{rank}.pt")
+        for kind, micro_batch, recompute in CASES:
+            found = trained(kind, micro_batch, digits, recompute)
+            torch.save(found, folder / f"{kind}-{micro_batch}-{recompute}-{rank}.pt")
         torch.save(begun(digits), folder / f"begun-{rank}.pt")
     os.environ["SWCONV_RENDEZVOUS"] += "-again"
     looks = iter(range(100))
@@ -116,10 +117,11 @@ def processes(digits, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("kind", "micro_batch"), CASES)
-def test_two_processes_train_to_the_weights_of_one_with_twice_the_batch(processes, digits, kind, micro_batch):
+@pytest.mark.parametrize(("kind", "micro_batch", "recompute"), CASES)
+def test_two_processes_train_to_the_weights_of_one_with_twice_the_batch(processes, digits, kind, micro_batch, recompute):
     alone, losses = trained(kind, micro_batch, digits)
-    (first, their_losses), (second, _) = (torch.load(processes / f"{kind}-{micro_batch}-{rank}.pt") for rank in range(2))
+    (first, their_losses), (second, _) = (
+        torch.load(processes / f"{kind}-{micro_batch}-{recompute}-{rank}.pt") for rank in range(2))
     tolerance = {"sgd": 1e-12, "adamw": 1e-8}[kind]
     start = loop.build(configuration()).state_dict()
     for name, tensor in alone.items():

@@ -123,6 +123,18 @@ def test_a_stop_in_the_middle_of_an_epoch_changes_no_bit_with_every_random_part(
     assert json.loads((resumed / "run.json").read_text())["resumed_from_step"] == 11
 
 
+@pytest.mark.parametrize("amp", [None, "bfloat16"])
+def test_recomputing_changes_no_bit_of_weights_and_metrics(config, digits, tmp_path, amp):
+    config["machine"] |= {"amp": amp}
+    config["recipe"] |= {"drop_path_rate": 0.3, "ema_decay": 0.9, "epochs": 2}
+    config["model"]["args"] |= {"depths": [1, 1, 1], "dims": [8, 12, 16], "kernel_sizes": [13, 7, 7]}
+    plain = run(config, digits, tmp_path / "plain")
+    config["machine"] |= {"recompute": True}
+    other = run(config, digits, tmp_path / "recompute")
+    for name in ("weights.safetensors", "metrics.json"):
+        assert (other / name).read_bytes() == (plain / name).read_bytes()
+
+
 def test_a_state_is_saved_every_so_many_minutes_and_the_two_newest_are_kept(config, digits, tmp_path):
     config["machine"] |= {"checkpoint_minutes": 1e-9}
     folder, kept = tmp_path / "checkpoints", []

@@ -24,8 +24,12 @@ Sums = Callable[[ShiftwiseConv2d, Tensor], Three]
 
 def two_step(layer: ShiftwiseConv2d, x: Tensor) -> Three:
     """As published: one convolution with n outputs per channel, then shift and add; with atomic additions on the GPU."""
-    op = torch.ops.swconv.shift_add_atomic if x.is_cuda else shift_add
-    return op(_maps(layer, x), layer.pad_h, layer.pad_v, layer.pick.int(), layer.halo)
+    return _shifted(layer, _maps(layer, x))
+
+
+def two_step_branches(layer: ShiftwiseConv2d, x: Tensor) -> Three:
+    """`two_step` as it is trained: every Rep branch convolves, and their maps are summed."""
+    return _shifted(layer, sum(_maps(layer, x, weight) for weight in layer.filters))
 
 
 def two_step_gather(layer: ShiftwiseConv2d, x: Tensor) -> Three:
@@ -49,8 +53,14 @@ def reference(layer: ShiftwiseConv2d, x: Tensor) -> Three:
     return shift_add_ref(_maps(layer, x), layer.pad_h, layer.pad_v, layer.pick, layer.halo)
 
 
-def _maps(layer: ShiftwiseConv2d, x: Tensor) -> Tensor:
-    return F.conv2d(x, sum(layer.filters), padding=layer.halo + layer.small_kernel // 2, groups=x.shape[1])
+def _shifted(layer: ShiftwiseConv2d, maps: Tensor) -> Three:
+    op = torch.ops.swconv.shift_add_atomic if maps.is_cuda else shift_add
+    return op(maps, layer.pad_h, layer.pad_v, layer.pick.int(), layer.halo)
+
+
+def _maps(layer: ShiftwiseConv2d, x: Tensor, weight: Tensor | None = None) -> Tensor:
+    weight = sum(layer.filters) if weight is None else weight
+    return F.conv2d(x, weight, padding=layer.halo + layer.small_kernel // 2, groups=x.shape[1])
 
 
 def sums(cuda: bool, precision: str = "float32") -> dict[str, Sums]:
@@ -228,11 +238,12 @@ def training_form(model: nn.Module, form: str) -> nn.Module:
     Parameters
     ----------
     form : {"ours", "two_step"}
-        Strips; or as published, maps of all filters, shifted and added, in the filters' dtype also under autocast.
+        Strips; or as published, maps of all filters of every Rep branch, summed, shifted and added, in the filters' dtype also
+        under autocast.
     """
     def published(layer: ShiftwiseConv2d, x: Tensor) -> Three:
         with torch.autocast(x.device.type, enabled=False):
-            return two_step(layer, x.to(layer.filters[0].dtype))
+            return two_step_branches(layer, x.to(layer.filters[0].dtype))
 
     if form == "two_step":
         for layer in model.modules():

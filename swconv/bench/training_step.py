@@ -195,8 +195,8 @@ s; commit {record['git_commit'] or 'unknown'}{changed}. Load before: {record['lo
 
 {plan['batch']} images of {plan['image']}x{plan['image']} px that lie on the device, cross-entropy, AdamW; neither drop path
 nor masks. Each network in the faster of contiguous and channels_last, in float32 contiguous; medians. Peak: of torch's
-allocations in a step, weights, gradients and optimizer included. The two-step form sums the filters of the Rep branches first,
-which the released code does not, and stays in float32 under autocast, as its kernels are published.
+allocations in a step, weights, gradients and optimizer included. The two-step form convolves with every Rep branch and
+sums the maps, as the released code trains, and stays in float32 under autocast, as its kernels are published.
 
 {(chr(10) * 2).join(tables)}
 

@@ -8,6 +8,9 @@ import torch
 from swconv.__main__ import main
 from swconv.bench import training
 
+PEAK = ("from swconv.bench.training import peak; "
+        "print(peak('ours', 2, 32, {'depths': [1, 1], 'dims': [8, 16], 'kernel_sizes': [13, 5]}))")
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
@@ -26,9 +29,17 @@ def test_the_parts_of_a_step_add_up_to_it_and_none_is_missing(found):
 
 
 def test_memory_and_resuming_are_measured_in_processes_of_their_own(found):
+    assert found["memory"].keys() == found["form_ms"].keys() == training.FORMS.keys()
     assert all(2**27 < size < 2**33 for size in found["memory"].values())
     assert found["resume"]["import"] > 0.1
     assert 0 < found["resume"]["mini"] < 60
+
+
+def test_a_peak_is_the_processes_own_and_not_that_of_the_process_that_started_it():
+    alone = training._python(PEAK)
+    held = torch.ones(2**29, dtype=torch.uint8)                       # with torch itself, more than that process holds
+    beside = training._python(PEAK)
+    assert abs(int(beside) - int(alone)) < held.numel() // 8
 
 
 def test_measuring_leaves_torch_as_it_was(found):

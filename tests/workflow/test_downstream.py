@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+NOTHING = "Nothing to be done"
 ROW = "artifacts/smoke/downstream/ade_160k_sw_tiny/seed0"
 TRACKED = "artifacts/smoke/track/downstream/ade_160k_sw_tiny/seed0.json"
 

@@ -477,8 +477,8 @@ SWCONV_DEVICE void correlations_part(const Correlations& c, const Correlation& p
       if (c.folded && k.tall && row >= 0 && row < side && from_left >= 0 && from_left < side)
         to[p.rider_offset + row * side + from_left] = total;
     }
-    for (int i = thread; i < p.rider_runs * side * side; i += kGradThreads)
-      to[p.rider_offset + i] = collected<N>(c, p, sums, p.runs, i % side, i / side);
+    for (int i = thread; i < p.rider_runs * side * N; i += kGradThreads)
+      to[p.rider_offset + i / N * side + column + i % N] = collected<N>(c, p, sums, p.runs, i % N, i / N);
   });
 }
 

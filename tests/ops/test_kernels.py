@@ -81,6 +81,7 @@ CASES = {
     "one row, anchor at the end": ((1, 3, 1, 7), (3, 15, 0), (3, 15, 14), 5),
     "longer than a tile": ((1, 2, 70, 20), (7, 21, 20), (7, 21, 20), 3),
     "different strips": ((2, 4, 6, 6), (3, 3, 1), (5, 9, 2), 3),
+    "different strips, small kernel as broad as one": ((1, 2, 6, 11), (7, 5, 3), (3, 9, 2), 3),
     "one pixel": ((9, 33, 1, 1), (3, 9, 4), (3, 9, 4), 3),
     "one column, single taps": ((17, 1, 40, 1), (1, 4, 2), (1, 4, 2), 1),
     "longer than a tile, strips longer than that": ((1, 2, 70, 9), (3, 99, 40), (3, 99, 60), 3),

@@ -314,12 +314,11 @@ def _strips(
 
 
 @jit
-def _lines(x, plane, rows, cols, LINES: tl.constexpr, ACROSS: tl.constexpr):
-    """A tile and those beside it, moved by rows or, ACROSS, by columns."""
+def _lines(x, plane, rows, cols, LINES: tl.constexpr):
+    """A tile and those above and below it."""
     tiles = ()
     for line in tl.static_range(LINES):
-        down, right = (0, line - LINES // 2) if ACROSS else (line - LINES // 2, 0)
-        tiles = tiles + (_load(x, plane, rows + down, cols + right),)
+        tiles = tiles + (_load(x, plane, rows + line - LINES // 2, cols),)
     return tiles
 
 
@@ -334,8 +333,9 @@ def held_kernel(
     """One channel, a share of the groups of images. The tile is the whole map: its matrices are built once, for all images.
 
     JOINT: h + v + i + bias to y_c. x_h stands for x_v and x_c, too, where those are None. FOLD: x_h is x_c, so the small
-    kernel's matrices are added to the horizontal strip's, and the few tiles of the next group are loaded ahead. MOVE:
-    X[:, x + dx] is X times a matrix of ones on a diagonal, which is exact and faster than loads off the bounds of words.
+    kernel's matrices are added to the horizontal strip's. MOVE: X[:, x + dx] is X times a matrix of ones on a diagonal, which
+    is exact and faster than loads off the bounds of words; and loads go before the products, with FOLD those of the next
+    group too. It takes registers, which float32 tiles of 64 columns do not leave.
     """
     if x_v is None:
         x_v, x_c = x_h, x_h
@@ -357,43 +357,43 @@ def held_kernel(
         moves = moves + (tl.where(along == line - BREADTH_V // 2, 1.0, 0.0).to(DTYPE),)
 
     first = tl.program_id(2) * share
-    if FOLD:
-        ahead = _lines(x_h, _plane(first, channel, images, height, width, ROWS, PITCH, False), rows, cols, BREADTH_H, False)
+    if FOLD and MOVE:
+        plane = _plane(first, channel, images, height, width, ROWS, PITCH, False)
+        ahead = _lines(x_h, plane, rows, cols, BREADTH_H)
     for group in range(first, tl.minimum(first + share, tl.cdiv(images, ROWS // PITCH))):
         plane = _plane(group, channel, images, height, width, ROWS, PITCH, False)
-        if FOLD:
+        none = tl.zeros((ROWS, COLS), tl.float32)
+        if FOLD and MOVE:
             seen = ahead
             following = _plane(group + 1, channel, images, height, width, ROWS, PITCH, False)
-            ahead = _lines(x_h, following, rows, cols, BREADTH_H, False)
-        else:
-            seen = _lines(x_h, plane, rows, cols, BREADTH_H, False)
-        centre = seen[BREADTH_H // 2]
-        none = tl.zeros((ROWS, COLS), tl.float32)
+            ahead = _lines(x_h, following, rows, cols, BREADTH_H)
+        elif MOVE:
+            seen = _lines(x_h, plane, rows, cols, BREADTH_H)
         total = none
         for line in tl.static_range(BREADTH_H):
-            total = tl.dot(seen[line], held_h[line], total, input_precision="tf32")
+            tile = seen[line] if MOVE else _load(x_h, plane, rows + line - BREADTH_H // 2, cols)
+            total = tl.dot(tile, held_h[line], total, input_precision="tf32")
         if not JOINT:
             _store(y_h, plane, rows, cols, total)
             total = none
-        if not FOLD:
-            centre = _load(x_v, plane, rows, cols)
-        if not MOVE:
-            seen = _lines(x_v, plane, rows, cols, BREADTH_V, True)
+        if MOVE:
+            centre = seen[BREADTH_H // 2] if FOLD else _load(x_v, plane, rows, cols)
         for line in tl.static_range(BREADTH_V):
             if not MOVE:
-                beside = seen[line]
+                tile = _load(x_v, plane, rows, cols + line - BREADTH_V // 2)
             elif line == BREADTH_V // 2:
-                beside = centre
+                tile = centre
             else:
-                beside = tl.dot(centre, moves[line], input_precision="tf32").to(DTYPE)
-            total = tl.dot(held_v[line], beside, total, input_precision="tf32")
+                tile = tl.dot(centre, moves[line], input_precision="tf32").to(DTYPE)
+            total = tl.dot(held_v[line], tile, total, input_precision="tf32")
         if not JOINT:
             _store(y_v, plane, rows, cols, total)
             total = none
-        if not FOLD:
-            seen = _lines(x_c, plane, rows, cols, SMALL, False)
-            for line in tl.static_range(SMALL):
-                total = tl.dot(seen[line], held_c[line], total, input_precision="tf32")
+        if MOVE and not FOLD:
+            seen = _lines(x_c, plane, rows, cols, SMALL)
+        for line in tl.static_range(0 if FOLD else SMALL):
+            tile = seen[line] if MOVE else _load(x_c, plane, rows + line - SMALL // 2, cols)
+            total = tl.dot(tile, held_c[line], total, input_precision="tf32")
         if bias is not None:
             total += tl.load(bias + channel).to(tl.float32)
         _store(y_c, plane, rows, cols, total)

@@ -7,6 +7,8 @@ import pytest
 
 NOTHING = "Nothing to be done"
 ROW = "artifacts/smoke/downstream/ade_160k_sw_tiny/seed0"
+VOC = "artifacts/smoke/downstream/voc07_slak_t/seed0/metrics.json"
+VOC_TRACKED = "artifacts/smoke/track/downstream/voc07_slak_t/seed0.json"
 TRACKED = "artifacts/smoke/track/downstream/ade_160k_sw_tiny/seed0.json"
 
 
@@ -75,3 +77,21 @@ def test_a_dvc_stage_per_row_asks_snakemake_and_both_are_done(finished):
     assert "Data and pipelines are up to date." in finished.run("dvc", "repro", stage)
     assert "downstream@smoke-ade_160k_sw_tiny" in (finished.root / "workflow/dvc.lock").read_text()
     assert not (finished.root / "artifacts/smoke/downstream/coco_36ep_sw_tiny").exists()
+
+
+@pytest.mark.slow
+def test_a_clone_takes_over_a_fine_tune_that_dvc_pulled(fresh, tmp_path):
+    project, files = fresh.copy(tmp_path / "project"), [VOC, f"{VOC.removesuffix('metrics.json')}pictures", VOC_TRACKED]
+    project.keep_rows("sw00")
+    project.snakemake("artifacts/smoke/evaluate/sw00/seed0/metrics.json", *files)
+    project.run("dvc", "remote", "add", "--default", "here", str(tmp_path / "remote"))
+    kept = ("data@smoke", "run@smoke-sw00", "workflow/dvc.yaml:downstream@smoke-voc07_slak_t")
+    project.run("dvc", "push", *kept)
+    project.commit()
+    project.run("git", "clone", "--quiet", str(project.root), str(tmp_path / "clone"))
+    clone = type(project)(tmp_path / "clone")
+    clone.run("dvc", "pull", *kept)
+    assert "2 results of profile smoke and 1 fine-tunes are right as they are" in clone.script("adopt.py")
+    assert clone.planned(*files) == {"track_downstream": 1}
+    clone.snakemake(*files)
+    assert clone.results() == project.results()

@@ -1,15 +1,19 @@
-"""Where a benchmark runs: what has to be there, and what its record tells."""
+"""Where a benchmark runs: what has to be there, what its record tells, and its files, which grow with it."""
 
+import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from swconv import fingerprint
+from swconv import atomic, fingerprint
 from swconv.ops import native
 from swconv.training import record
+
+log = logging.getLogger(__name__)
 
 
 def check_ready(device: torch.device, suite: str) -> None:
@@ -48,3 +52,40 @@ def device_name(record: Mapping[str, Any]) -> str:
     gpu = record["hardware"]["gpu"] if record["device"] == "cuda" else None
     name = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") if gpu else "cpu"
     return f"{name}-quick" if record["quick"] else name
+
+
+def write_growing(
+    records: Iterable[dict[str, Any]], out: Path, suite: str, quick: bool,
+    render: Callable[[Mapping[str, Any]], str] | None = None,
+) -> tuple[Path, ...]:
+    """Write a record as often as it has grown, so that a run that is stopped leaves what it measured.
+
+    Parameters
+    ----------
+    records : iterable of dict
+        The record after each of its parts; `unfinished` names those that are missing.
+    out : Path
+        A folder, for <suite>-<cpu or name of the GPU>.json, with -quick behind a quick run's name.
+    render : callable, optional
+        Makes a page of the record, the same name with .md.
+
+    Returns
+    -------
+    tuple of Path
+        What was written.
+    """
+    for found in records:
+        found |= {"quick": quick}
+        path = out / f"{suite}-{device_name(found)}.json"
+        atomic.write_json(path, found)
+        if render:
+            atomic.write_atomic(path.with_suffix(".md"), render(found).encode())
+    paths = (path, path.with_suffix(".md")) if render else (path,)
+    log.info("wrote %s", " and ".join(map(str, paths)))
+    return paths
+
+
+def stopped(found: Mapping[str, Any]) -> str:
+    """A paragraph for the page of a record with parts missing; else nothing."""
+    missing = found.get("unfinished")
+    return f"**Stopped before: {'; '.join(missing)}.** What is missing is left out below.\n\n" if missing else ""

@@ -130,7 +130,7 @@ def peers(
 ) -> dict[str, tuple[dict[str, Callable[[Tensor], Tensor]], list[Tensor]]]:
     """Convolutions of the same size that other networks use: name -> ({way: function of x}, weights).
 
-    Two ways, because padding inside a convolution can leave the library's fast path, and padding before it costs a copy.
+    Two ways on the CPU, because padding inside a convolution can leave oneDNN's fast path, and padding before it costs a copy.
     """
     generator = torch.Generator().manual_seed(stage.number)
     sides = {"depthwise13": [(13, 13)], "depthwise7": [(7, 7)], "slak_pair": [(5, stage.extent), (stage.extent, 5)]}
@@ -138,8 +138,21 @@ def peers(
     for name, shapes in sides.items():
         weights = [torch.randn(stage.channels, 1, *shape, generator=generator).to(device, dtype).requires_grad_()
                    for shape in shapes]
-        known[name] = {"padding inside": partial(inside, weights), "padding before": partial(before, weights)}, weights
+        ways = {"padding inside": partial(inside, weights), "padding before": partial(before, weights)}
+        if device.type == "cuda":
+            del ways["padding before"]
+        known[name] = ways, weights
     return known
+
+
+def layouts(name: str, cuda: bool, precision: str) -> tuple[str, ...]:
+    """Memory formats that a contender runs in: both, but on a GPU others than ours contiguous only.
+
+    There torch has depthwise kernels of its own for contiguous maps; channels_last leaves them to cuDNN, which searches for
+    seconds per shape and direction. ConvNeXt's 7x7 in half precision is what people run so.
+    """
+    both = not cuda or name.startswith("ours") or (name, precision) == ("depthwise7", "bfloat16")
+    return ("contiguous", "channels_last") if both else ("contiguous",)
 
 
 def inside(weights: Sequence[Tensor], x: Tensor) -> Tensor:

@@ -1,13 +1,11 @@
 """The benchmark of the SW operator: correctness in float64 first, then times and memory, as JSON and Markdown."""
 
 import copy
-import itertools
-import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +13,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from swconv import atomic
 from swconv.bench import forms, page, timing, work
-from swconv.bench.circumstances import check_ready, circumstances, device_name
-from swconv.bench.timing import DTYPES, FEW, Contender, Pace, Progress, Turn, compare, in_precision
+from swconv.bench.circumstances import check_ready, circumstances, write_growing
+from swconv.bench.timing import DTYPES, FEW, Contender, Pace, Progress, Turn, compare, in_precision, without_search
 from swconv.bench.work import Stage
 from swconv.ops import ShiftwiseConv2d
 from swconv.training.memory import keep_freed_memory
@@ -31,8 +28,28 @@ SW_TINY = (Stage(1, 56, 60, 51, 3, 2), Stage(2, 28, 122, 49, 3, 4), Stage(3, 14,
 Pool = Sequence[tuple[Tensor, ...]]                                   # of x and the gradients of h, v and i
 Pools = Mapping[str, Pool]                                            # by memory format
 Steps = Mapping[str, Mapping[str, tuple[str, Callable[..., Any]]]]     # by contender and variant: format, and what of a set
+Found = Mapping[str, list[dict[str, Any]]]                             # rows for the lists of the record
 
-log = logging.getLogger(__name__)
+
+@dataclass(frozen=True)
+class Part:
+    """What is measured in one precision.
+
+    Attributes
+    ----------
+    kind : str
+        In every stage: "operator", forward, training and memory; "counts", E and Rep; "launches", what the CPU takes for a
+        call on a GPU. "network": SW-tiny with the largest batch; "small batches": with the others.
+    names : tuple of str
+        The contenders of an "operator"; none stands for all.
+    """
+
+    kind: str
+    precision: str
+    names: tuple[str, ...] = ()
+
+    def has(self, name: str) -> bool:
+        return not self.names or name in self.names
 
 
 @dataclass(frozen=True)
@@ -43,6 +60,8 @@ class Plan:
     ----------
     threads : tuple of int
         Numbers of threads, the last for the ratios.
+    parts : tuple of Part
+        In this order, and the record is written after every stage and batch of each.
     precisions, deciding : tuple of str
         "float32", strictly, "tf32", "bfloat16" (`timing.in_precision`); and those in which E, Rep and the network are measured.
     pool : int
@@ -56,6 +75,7 @@ class Plan:
     """
 
     stages: tuple[Stage, ...]
+    parts: tuple[Part, ...]
     threads: tuple[int, ...]
     precisions: tuple[str, ...]
     deciding: tuple[str, ...]
@@ -72,14 +92,27 @@ class Plan:
 
 
 CPU = Plan(
-    stages=SW_TINY, threads=(1, 2), precisions=("float32",), deciding=("float32",), pool=2**27, network={}, image=224,
+    stages=SW_TINY, parts=tuple(Part(kind, "float32") for kind in ("operator", "counts", "network", "small batches")),
+    threads=(1, 2), precisions=("float32",), deciding=("float32",), pool=2**27, network={}, image=224,
     batches=(1, 8), product=2048, copied=2**28,
     forward=Pace(10, 9), training=Pace(25, 7, probes=2), counts=Pace(8, 15), whole=Pace(30, 7, probes=2),
 )
-CUDA = replace(
+CUDA = replace(                                                       # what decides first: a GPU is lent for minutes
     CPU, stages=tuple(replace(stage, batch=128) for stage in SW_TINY), threads=(1,), precisions=("float32", "tf32", "bfloat16"),
-    deciding=("float32", "bfloat16"), pool=2**30, batches=(1, 8, 128), product=8192, copied=2**30,
-    forward=Pace(0.7, 9, probes=2), training=Pace(1, 5, probes=1), counts=Pace(0.5, 9, probes=2), whole=Pace(1, 5, probes=2),
+    parts=(
+        Part("operator", "float32", ("ours", "two_step", "torch_strips", "slak_pair")),
+        Part("operator", "bfloat16", ("ours", "slak_pair")),
+        Part("network", "float32"), Part("network", "bfloat16"), Part("counts", "float32"), Part("counts", "bfloat16"),
+        Part("launches", "float32"), Part("launches", "bfloat16"),
+        Part("operator", "tf32", ("ours", "slak_pair")),
+        Part("operator", "float32", ("ours_layer", "two_step_layer", "two_step_gather", "depthwise13", "depthwise7")),
+        Part("operator", "bfloat16", ("ours_layer", "torch_strips", "depthwise13", "depthwise7")),
+        Part("small batches", "float32"), Part("small batches", "bfloat16"),
+        Part("operator", "tf32", ("ours_layer", "torch_strips", "depthwise13", "depthwise7")),
+        Part("operator", "float32", ("two_step_taps",)), Part("launches", "tf32"),
+    ),
+    deciding=("float32", "bfloat16"), pool=2**29, batches=(1, 8, 128), product=8192, copied=2**30,
+    **dict.fromkeys(("forward", "training", "counts", "whole"), Pace(0.3, 5, probes=1)),
 )
 TINY = (Stage(1, 9, 6, 11, 2, 2), Stage(2, 5, 8, 5, 1, 3))
 BLINK = Pace(0.0, 2, 0.0, probes=1)
@@ -101,68 +134,72 @@ def run(out: Path, device: str = "cpu", quick: bool = False) -> tuple[Path, Path
     Raises
     ------
     RuntimeError
-        When the device or the compiled operators are missing, or a result is wrong; nothing is written.
+        When the device or the compiled operators are missing, or a result is wrong. What was measured before that stays
+        written, and names what is `unfinished`.
     """
     where = torch.device(device)
     check_ready(where, "operator")
-    found = measure(plan_for(where, quick), where) | {"quick": quick}
-    paths = tuple(out / f"operator-{device_name(found)}.{kind}" for kind in ("json", "md"))
-    atomic.write_json(paths[0], found)
-    atomic.write_atomic(paths[1], page.render(found).encode())
-    log.info("wrote %s and %s", *paths)
-    return paths
+    return write_growing(measure(plan_for(where, quick), where), out, "operator", quick, page.render)
 
 
-def measure(plan: Plan, device: torch.device) -> dict[str, Any]:
-    """All that the report tells: circumstances, ceilings, `errors`, `times` (`timing.compare`'s rows), `memory`, `launches`."""
-    cuda, start = device.type == "cuda", time.perf_counter()
+def measure(plan: Plan, device: torch.device) -> Iterator[dict[str, Any]]:
+    """All that the report tells, as far as it goes, after each step of a part.
+
+    That is circumstances, ceilings, `errors`, `times` (`timing.compare`'s rows), `memory`, `launches`, and the steps that are
+    `unfinished`.
+    """
+    start = time.perf_counter()
     keep_freed_memory()
-    each = 3 * len(plan.precisions) + len(plan.deciding)
-    bar = Progress(1 + each * len(plan.stages) + len(plan.deciding) * (1 + len(plan.batches)))
-    errors, times, memory, launches = [], [], [], []
     with in_precision("float32"):
         told = circumstances("operator", device, "swconv.bench.operator", plan=asdict(plan), tolerance=TOLERANCE)
+    steps = _steps(plan, device)
+    bar = Progress(1 + len(steps))
     bar.step("what the machine can do")
-    tops = timing.ceilings(plan.threads, plan.product, plan.copied, 4, device, plan.precisions)
-    for stage, name in itertools.product(plan.stages, plan.precisions):
-        title = f"stage {stage.number}, {name}"
-        with in_precision(name):
-            layer = forms.make_layer(stage, device)
-            pools = {layout: _inputs(stage, layout, plan.pool, device, DTYPES[name]) for layout in FORMATS}
-            bar.step(f"{title}: all forms against float64")
-            errors += _verified(stage, name, layer, pools) + _verified_peers(stage, name, pools)
-            bar.step(f"{title}: forward")
-            times += compare(_forward(stage, name, layer, pools), plan.threads, plan.forward, cuda, graphs=True)
-            bar.step(f"{title}: forward + backward")
-            steps, contenders = _training(stage, name, layer, pools)
-            rows = compare(contenders, plan.threads, plan.training, cuda, graphs=True)
-            times += rows
-            memory += _memory(stage, name, rows, steps, pools)
-            if name in plan.deciding:
-                bar.step(f"{title}: edges and Rep branches")
-                more, contenders = _counts(stage, name, pools, device)
-                errors += more
-                times += compare(contenders, plan.threads[-1:], plan.counts, cuda, graphs=True)
-            launches += _launches(stage, name, layer, pools) if cuda else []
-            del pools, steps, contenders                              # before the next are made
-    for name in plan.deciding:
-        with in_precision(name):
-            bar.step(f"network against float64, {name}")
-            networks, more = _networks(plan, name, device)
-            errors += more
-            for batch in plan.batches:
-                bar.step(f"network, batch {batch}, {name}")
-                contenders = _whole(plan, name, networks, batch, device)
-                times += compare(contenders, plan.threads[-1:], plan.whole, cuda)
-                if cuda and batch == plan.batches[0]:
-                    rows = compare(contenders, plan.threads[-1:], plan.whole, cuda, graphs=True)
-                    times += rows if all(row["launched"] == "graph" for row in rows) else []
+    told["ceilings"] = timing.ceilings(plan.threads, plan.product, plan.copied, 4, device, plan.precisions)
+    rows = {name: [] for name in ("errors", "times", "memory", "launches")}
+    for number, (title, precision, work_) in enumerate(steps, start=1):
+        bar.step(title)
+        with in_precision(precision):
+            for name, found in work_().items():
+                rows[name] += found
+        unfinished = [title for title, *_ in steps[number:]]
+        yield told | rows | {"seconds": round(time.perf_counter() - start, 1), "unfinished": unfinished}
     bar.close()
-    return told | {"seconds": round(time.perf_counter() - start, 1), "ceilings": tops, "errors": errors, "times": times,
-                   "memory": memory, "launches": launches}
+
+
+def _steps(plan: Plan, device: torch.device) -> list[tuple[str, str, Callable[[], Found]]]:
+    """Title, precision and work of every step, in the plan's order."""
+    made = cache(partial(_networks, plan, device=device))             # by precision
+    steps = []
+    for part in plan.parts:
+        if part.kind in ("network", "small batches"):
+            batches = plan.batches[-1:] if part.kind == "network" else plan.batches[:-1]
+            steps += [(f"network, batch {batch}, {part.precision}", part.precision,
+                       partial(_network, plan, part.precision, batch, made, device)) for batch in batches]
+        else:
+            work_, what = {"operator": (_operator, ", ".join(part.names) or "all forms"), "counts": (_counts, "E and Rep"),
+                           "launches": (_launches, "launches")}[part.kind]
+            steps += [(f"stage {stage.number}, {part.precision}: {what}", part.precision,
+                       partial(work_, plan, part, stage, device)) for stage in plan.stages]
+    return steps
+
+
+def _operator(plan: Plan, part: Part, stage: Stage, device: torch.device) -> Found:
+    """Some contenders, or all, in one stage: held against float64, then timed."""
+    cuda, name = device.type == "cuda", part.precision
+    layer, pools = forms.make_layer(stage, device), _pools(plan, part, stage, device)
+    errors = _verified(stage, name, layer, pools, part.has) + _verified_peers(stage, name, pools, part.has)
+    times = compare(_forward(stage, name, layer, pools, part.has), plan.threads, plan.forward, cuda, graphs=True)
+    steps, contenders = _training(stage, name, layer, pools, part.has)
+    rows = compare(contenders, plan.threads, plan.training, cuda, graphs=True)
+    return {"errors": errors, "times": times + rows, "memory": _memory(stage, name, rows, steps, pools)}
 
 
 # ---- inputs and calls
+
+
+def _pools(plan: Plan, part: Part, stage: Stage, device: torch.device) -> Pools:
+    return {layout: _inputs(stage, layout, plan.pool, device, DTYPES[part.precision]) for layout in FORMATS}
 
 
 def _inputs(stage: Stage, layout: str, room: int, device: torch.device, dtype: torch.dtype) -> Pool:
@@ -194,9 +231,9 @@ def _training_of(
 
 
 def _verified(
-    stage: Stage, precision: str, layer: ShiftwiseConv2d, pools: Pools, only: Sequence[str] = (), **labels: int
+    stage: Stage, precision: str, layer: ShiftwiseConv2d, pools: Pools, has: Callable[[str], bool], **labels: int
 ) -> list[dict[str, Any]]:
-    """Relative errors of what every form (or only some) gives, in every memory format; an error too large stops all.
+    """Relative errors of what every form that takes part gives, in its memory formats; an error too large stops all.
 
     The whole batch goes through the form, and a few of its images, the first and the last, through the definition; gradients
     of the results are zero for the rest.
@@ -204,11 +241,14 @@ def _verified(
     cuda, found, some = layer.pick.is_cuda, [], _some(stage.batch)
     functions, sums = forms.deployed(layer, cuda, precision), forms.sums(cuda, precision)
     (x, *gradients), *_ = next(iter(pools.values()))
-    wanted = _wanted(layer, *(tensor.detach()[some].double() for tensor in (x, *gradients)))
-    for name in only or functions:
-        for variant, ((x, *gradients), *_) in pools.items():
-            parts = sums[name](layer, x)
-            into, *weights = torch.autograd.grad(parts, [x, *layer.filters], [_only(some, g) for g in gradients])
+    known = [name for name in functions if has(name)]
+    wanted = _wanted(layer, *(tensor.detach()[some].double() for tensor in (x, *gradients))) if known else {}
+    for name in known:
+        for variant in forms.layouts(name, cuda, precision):
+            (x, *gradients), *_ = pools[variant]
+            with without_search():
+                parts = sums[name](layer, x)
+                into, *weights = torch.autograd.grad(parts, [x, *layer.filters], [_only(some, g) for g in gradients])
             got = {"output": (_forward_of(functions[name], x)[some],), "sums": [part[some] for part in parts],
                    "gradients": (into[some], *weights)}
             told = {"stage": stage.number, "precision": precision, "contender": name, "variant": variant} | labels
@@ -216,17 +256,21 @@ def _verified(
     return found
 
 
-def _verified_peers(stage: Stage, precision: str, pools: Pools) -> list[dict[str, Any]]:
+@without_search()
+def _verified_peers(stage: Stage, precision: str, pools: Pools, has: Callable[[str], bool]) -> list[dict[str, Any]]:
     """The same of the convolutions of other networks."""
     found, some = [], _some(stage.batch, 2)                            # torch's convolutions, slow in float64
     (x, gradient, *_), *_ = next(iter(pools.values()))
     for name, (ways, weights) in forms.peers(stage, x.device, x.dtype).items():
+        if not has(name):
+            continue
         exact = [weight.detach().double().requires_grad_() for weight in weights]
         few = x.detach()[some].double().requires_grad_()
         out = forms.inside(exact, few)
         wanted = {"output": (out,), "gradients": torch.autograd.grad(out, [few, *exact], gradient[some].double())}
         for way, function in ways.items():
-            for layout, ((x, gradient, *_), *_) in pools.items():
+            for layout in forms.layouts(name, x.is_cuda, precision):
+                (x, gradient, *_), *_ = pools[layout]
                 into, *others = _training_of(function, weights, x, _only(some, gradient))
                 got = {"output": (_forward_of(function, x)[some],), "gradients": (into[some], *others)}
                 told = {"stage": stage.number, "precision": precision, "contender": name, "variant": _variant(layout, way)}
@@ -246,6 +290,7 @@ def _only(some: Sequence[int], gradient: Tensor) -> Tensor:
     return kept
 
 
+@without_search()
 def _wanted(layer: ShiftwiseConv2d, x: Tensor, *gradients: Tensor) -> dict[str, Sequence[Tensor]]:
     """By the definition, in float64."""
     layer = copy.deepcopy(layer).double()
@@ -281,7 +326,9 @@ def _require(error: float, allowed: float, what: str) -> None:
 # ---- the comparisons
 
 
-def _forward(stage: Stage, precision: str, layer: ShiftwiseConv2d, pools: Pools) -> list[Contender]:
+def _forward(
+    stage: Stage, precision: str, layer: ShiftwiseConv2d, pools: Pools, has: Callable[[str], bool]
+) -> list[Contender]:
     cuda, plus, size = layer.pick.is_cuda, frozenset().union(*work.shiftwise(stage)), DTYPES[precision].itemsize
     known = {name: ({"": function}, work.forward(stage, plus, size))
              for name, function in forms.deployed(layer, cuda, precision).items()}
@@ -289,13 +336,15 @@ def _forward(stage: Stage, precision: str, layer: ShiftwiseConv2d, pools: Pools)
         known[name] = ways, work.forward(stage, work.peers(stage)[name], size)
     return [
         Contender({"cell": "forward", "stage": stage.number, "precision": precision, "contender": name} | least,
-                  {_variant(layout, way): Turn(partial(_forward_of, function), pool)
-                   for way, function in ways.items() for layout, pool in pools.items()})
-        for name, (ways, least) in known.items()
+                  {_variant(layout, way): Turn(partial(_forward_of, function), pools[layout])
+                   for way, function in ways.items() for layout in forms.layouts(name, cuda, precision)})
+        for name, (ways, least) in known.items() if has(name)
     ]
 
 
-def _training(stage: Stage, precision: str, layer: ShiftwiseConv2d, pools: Pools) -> tuple[Steps, list[Contender]]:
+def _training(
+    stage: Stage, precision: str, layer: ShiftwiseConv2d, pools: Pools, has: Callable[[str], bool]
+) -> tuple[Steps, list[Contender]]:
     """Training steps by contender and variant, each a function of a set of inputs; and the contenders."""
     known: dict[str, tuple[dict[str, Callable], Sequence[Tensor], dict[str, int | None]]] = {}
     size, learner = DTYPES[precision].itemsize, copy.deepcopy(layer).train()
@@ -307,8 +356,8 @@ def _training(stage: Stage, precision: str, layer: ShiftwiseConv2d, pools: Pools
     for name, (ways, weights) in forms.peers(stage, layer.pick.device, DTYPES[precision]).items():
         known[name] = ways, weights, work.training(stage, work.peers(stage)[name], size=size)
     steps = {name: {_variant(layout, way): (layout, partial(_training_of, function, weights))
-                    for way, function in ways.items() for layout in pools}
-             for name, (ways, weights, _) in known.items()}
+                    for way, function in ways.items() for layout in forms.layouts(name, layer.pick.is_cuda, precision)}
+             for name, (ways, weights, _) in known.items() if has(name)}
     contenders = [
         Contender({"cell": "training", "stage": stage.number, "precision": precision, "contender": name} | known[name][2],
                   {variant: Turn(step, pools[layout]) for variant, (layout, step) in variants.items()})
@@ -330,17 +379,16 @@ def _memory(
     return found
 
 
-def _counts(
-    stage: Stage, precision: str, pools: Pools, device: torch.device
-) -> tuple[list[dict[str, Any]], list[Contender]]:
+def _counts(plan: Plan, part: Part, stage: Stage, device: torch.device) -> Found:
     """Ours with several E and Rep, in evaluation and in training, verified on one image."""
+    cuda, precision, pools = device.type == "cuda", part.precision, _pools(plan, part, stage, device)
     errors, contenders = [], []
     one = {layout: [(x[:1].detach().requires_grad_(), *(g[:1] for g in gradients))]
            for layout, ((x, *gradients), *_) in pools.items()}
     for edges, rep in COUNTS:
         layer, labels = forms.make_layer(stage, device, edges, rep), {"edges": edges, "rep": rep}
-        errors += _verified(replace(stage, batch=1), precision, layer, one, only=("ours",), **labels)
-        function = forms.deployed(layer, device.type == "cuda", precision)["ours"]
+        errors += _verified(replace(stage, batch=1), precision, layer, one, lambda name: name == "ours", **labels)
+        function = forms.deployed(layer, cuda, precision)["ours"]
         calls = {"forward": partial(_forward_of, function),
                  "training": partial(_training_of, layer.branches, list(layer.filters))}
         contenders += [
@@ -348,24 +396,40 @@ def _counts(
                       {layout: Turn(call, pool) for layout, pool in pools.items()})
             for mode, call in calls.items()
         ]
-    return errors, contenders
+    return {"errors": errors, "times": compare(contenders, plan.threads[-1:], plan.counts, cuda, graphs=True)}
 
 
-def _launches(stage: Stage, precision: str, layer: ShiftwiseConv2d, pools: Pools) -> list[dict[str, Any]]:
+def _launches(plan: Plan, part: Part, stage: Stage, device: torch.device) -> Found:
     """What the CPU takes for one eager call of ours, and of one convolution of torch, for an image; no graph spares that."""
-    x, found = pools["contiguous"][0][0][:1].detach(), []
+    layer, precision, found = forms.make_layer(stage, device), part.precision, []
+    x = torch.randn(1, stage.channels, stage.side, stage.side, device=device, dtype=DTYPES[precision])
     ways, _ = forms.peers(stage, x.device, x.dtype)["depthwise7"]
     calls = {"ours": forms.deployed(layer, True, precision)["ours"], "depthwise7": ways["padding inside"]}
     for name, function in calls.items():
         call = partial(_forward_of, function, x)
         found.append({"stage": stage.number, "precision": precision, "contender": name,
                       "median_us": 1e6 * timing.launch_seconds(call, 100, 11)})
-    return found
+    return {"launches": found}
 
 
 # ---- whole networks
 
 
+def _network(
+    plan: Plan, precision: str, batch: int, made: Callable[[str], tuple[dict[str, nn.Module], list[dict[str, Any]]]],
+    device: torch.device,
+) -> Found:
+    """One batch, and for the smallest on a GPU also as a CUDA graph; errors are those of the networks, told once."""
+    cuda, (networks, errors) = device.type == "cuda", made(precision)
+    contenders = _whole(plan, precision, networks, batch, device)
+    times = compare(contenders, plan.threads[-1:], plan.whole, cuda)
+    if cuda and batch == plan.batches[0]:
+        rows = compare(contenders, plan.threads[-1:], plan.whole, cuda, graphs=True)
+        times += rows if all(row["launched"] == "graph" for row in rows) else []
+    return {"errors": errors if batch == plan.batches[-1] else [], "times": times}
+
+
+@without_search()
 def _networks(plan: Plan, precision: str, device: torch.device) -> tuple[dict[str, nn.Module], list[dict[str, Any]]]:
     """SW-tiny merged and, in float32, with its mixers in the two-step forms, each held against float64."""
     model, cuda, allowed = forms.make_network(device, **plan.network), device.type == "cuda", TOLERANCE["network"][precision]
@@ -390,7 +454,7 @@ def _whole(
         Contender({"cell": "network", "batch": batch, "precision": precision, "contender": name},
                   {variant: Turn(partial(_forward_of, copy.deepcopy(network).to(memory_format=layout)),
                                  [(images.to(memory_format=layout),)])
-                   for variant, layout in FORMATS.items()})
+                   for variant, layout in FORMATS.items() if variant in forms.layouts(name, device.type == "cuda", precision)})
         for name, network in networks.items()
     ]
 

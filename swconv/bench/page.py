@@ -1,8 +1,11 @@
 """The report of a benchmark: Markdown made of its JSON and nothing else."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
+
+from swconv.bench.circumstances import stopped
 
 NAMES = {
     "ours": "**ours**, strips",
@@ -20,6 +23,10 @@ MODES = {"forward": "forward", "training": "forward + backward"}
 PRECISIONS = {"float32": "float32", "tf32": "TF32", "bfloat16": "bfloat16"}
 
 
+class Missing(LookupError):
+    """A number that the record does not hold, or not of every stage."""
+
+
 class Figures:
     """The numbers of a benchmark's JSON, by what they are of. Times are medians, in ms per image."""
 
@@ -35,8 +42,11 @@ class Figures:
         return [row for row in self.record["times"] if all(row.get(name) == value for name, value in labels.items())]
 
     def row(self, **labels: Any) -> dict[str, Any]:
-        (found,) = self.rows(**labels)
-        return found
+        found = self.rows(**labels)
+        if not found:
+            raise Missing(labels)
+        (one,) = found
+        return one
 
     def per_image(self, row: Mapping[str, Any], key: str = "median_ms") -> float:
         return row[key] / (row["batch"] if "batch" in row else self.stages[row["stage"]]["batch"])
@@ -87,15 +97,24 @@ class Figures:
 
     def further_maps(self) -> float:
         """Most memory of ours in training beyond what any form must have: three sums and one gradient, in maps like x."""
-        return max(m["peak"] / m["map"] for m in self.record["memory"] if m["contender"] == "ours") - 4
+        return self._most("peak") - 4
 
     def kept_maps(self) -> float:
-        return max(m["saved_maps"] / m["map"] for m in self.record["memory"] if m["contender"] == "ours")
+        return self._most("saved_maps")
+
+    def _most(self, what: str) -> float:
+        """Memory of ours, in maps like x: the largest of all stages and precisions, the deciding ones among them."""
+        found = [m for m in self.record["memory"] if m["contender"] == "ours"]
+        if not {(m["stage"], m["precision"]) for m in found} >= {(n, name) for n in self.stages for name in self.deciding}:
+            raise Missing(what)
+        return max(m[what] / m["map"] for m in found)
 
     def launch(self, name: str, precision: str) -> float:
         """Microseconds of the CPU for an eager call, mean over the stages."""
         found = [row["median_us"] for row in self.record["launches"]
                  if (row["contender"], row["precision"]) == (name, precision)]
+        if len(found) < len(self.stages):
+            raise Missing(name)
         return sum(found) / len(found)
 
 
@@ -187,7 +206,7 @@ def _head(record: Mapping[str, Any]) -> str:
         f"{top['bytes_per_s'] / 1e9:.1f} GB/s (copy, read and written)" for top in record["ceilings"])
     precisions = ", ".join(PRECISIONS[name] for name in record["plan"]["precisions"])
     return (
-        f"# The SW operator on {where}\n\n{trial}"
+        f"# The SW operator on {where}\n\n{trial}{stopped(record)}"
         f"Made by `python -m swconv bench operator --device {record['device']}`, in {precisions}, at {record['started']}, in "
         f"{record['seconds']:.0f} s; commit {record['git_commit'] or 'unknown'}{state}. Engine of ours in float32: "
         f"{record['engine']}. Load before: {record['load_before']}.\n\n"
@@ -201,43 +220,50 @@ def _targets(figures: Figures) -> str:
     for target in TARGETS[figures.record["device"]]:
         if target.stage is not None and target.stage not in figures.stages:
             continue                                                  # of a trial
-        value, sign = target.value(figures), "<=" if target.most else ">="
+        sign = "<=" if target.most else ">="
         aim = "" if target.aim is None else f"{sign} {target.aim:g}"
-        rows.append([target.text.format(first=first, last=last), f"{sign} {target.must:g}", aim, _number(value, 3),
-                     target.verdict(value)])
+        try:
+            value = target.value(figures)
+            told = _number(value, 3), target.verdict(value)
+        except Missing:
+            told = "", "not measured"
+        rows.append([target.text.format(first=first, last=last), f"{sign} {target.must:g}", aim, *told])
     return "## Targets\n\n" + _table(["summed over the network unless said otherwise", "needed", "aim", "measured", ""], rows)
 
 
 def _sum(figures: Figures) -> str:
     blocks = sum(stage["blocks"] for stage in figures.stages.values())
     parts, few = [f"## Summed over the {blocks} blocks of the network, per image"], figures.threads[:-1]
+
+    def line(name: str, labels: Mapping[str, str], text: str) -> list[str]:
+        time, ours = (figures.summed(contender=some, **labels) for some in (name, "ours"))
+        known = all(row["macs"] is not None for row in figures.rows(contender=name, **labels))
+        floor = _number(time / figures.summed(figures.floor, contender=name, **labels)) if known else ""
+        slower = [figures.summed(contender=name, threads=n, **labels) for n in few]
+        return [text, _number(time), _number(time / ours), floor,
+                *(text for ms in slower for text in (_number(ms), _number(ms / time)))]
+
     for cell, title in MODES.items():
-        rows = []
-        for name, labels, text in _contenders(figures, cell):
-            time, ours = (figures.summed(contender=some, **labels) for some in (name, "ours"))
-            known = all(row["macs"] is not None for row in figures.rows(contender=name, **labels))
-            floor = _number(time / figures.summed(figures.floor, contender=name, **labels)) if known else ""
-            slower = [figures.summed(contender=name, threads=n, **labels) for n in few]
-            rows.append([text, _number(time), _number(time / ours), floor,
-                         *(text for ms in slower for text in (_number(ms), _number(ms / time)))])
         more = [text for n in few for text in (f"ms, {_threads(n)}", "speed-up")]
-        parts.append(_table([title, "ms", "/ ours", "/ floor", *more], rows))
-    return "\n\n".join(parts)
+        parts.append(_table([title, "ms", "/ ours", "/ floor", *more], _known(line, _contenders(figures, cell))))
+    return _section(*parts)
 
 
 def _stage(figures: Figures, number: int) -> str:
     stage = figures.stages[number]
     parts = [f"## Stage {number}: {stage['channels']} channels of {stage['side']}x{stage['side']}, M = {stage['extent']}, "
              f"N = {stage['small']}, {stage['blocks']} blocks, batch {stage['batch']}"]
+
+    def line(name: str, labels: Mapping[str, str], text: str) -> list[Any]:
+        row, ours = (figures.row(stage=number, contender=some, **labels) for some in (name, "ours"))
+        floor = figures.above_floor(row)
+        return [text, _spread(figures, row), _number(row["median_ms"] / ours["median_ms"]),
+                "" if floor is None else _number(floor), _ran_as(figures, row), row["rounds"]]
+
     for cell, title in MODES.items():
-        rows = []
-        for name, labels, text in _contenders(figures, cell):
-            row, ours = (figures.row(stage=number, contender=some, **labels) for some in (name, "ours"))
-            floor = figures.above_floor(row)
-            rows.append([text, _spread(figures, row), _number(row["median_ms"] / ours["median_ms"]),
-                         "" if floor is None else _number(floor), _ran_as(figures, row), row["rounds"]])
-        parts.append(_table([title, "ms per image (quartiles)", "/ ours", "/ floor", "format", "rounds"], rows))
-    return "\n\n".join(parts)
+        parts.append(_table([title, "ms per image (quartiles)", "/ ours", "/ floor", "format", "rounds"],
+                            _known(line, _contenders(figures, cell))))
+    return _section(*parts)
 
 
 def _ran_as(figures: Figures, row: Mapping[str, Any]) -> str:
@@ -248,23 +274,25 @@ def _ran_as(figures: Figures, row: Mapping[str, Any]) -> str:
 def _memory(figures: Figures) -> str:
     found = {(row["contender"], row["precision"], row["stage"]): row for row in figures.record["memory"]}
     rows = [[_named(figures, name, precision), *(f"{_number(row['peak'] / row['map'])}; {_number(row['saved'] / row['map'])}"
-                                                 for row in (found[name, precision, number] for number in figures.stages))]
+                                                 if row else "" for row in (found.get((name, precision, number))
+                                                                            for number in figures.stages))]
             for name, precision in dict.fromkeys(key[:2] for key in found)]
-    return ("## Memory of a training step, in maps of the size of x\n\n"
-            "First the peak beyond what lives before the step, outputs and gradients included; then what the forward pass "
-            "keeps for the backward pass, x and kernels included. Scratch room inside oneDNN is not seen.\n\n"
-            + _table(["", *(f"stage {number}" for number in figures.stages)], rows))
+    return _section("## Memory of a training step, in maps of the size of x\n\n"
+                    "First the peak beyond what lives before the step, outputs and gradients included; then what the forward "
+                    "pass keeps for the backward pass, x and kernels included. Scratch room inside oneDNN is not seen.",
+                    _table(["", *(f"stage {number}" for number in figures.stages)], rows))
 
 
 def _counts(figures: Figures) -> str:
-    rows = []
-    for precision in figures.deciding:
-        for edges, rep in dict.fromkeys((row["edges"], row["rep"]) for row in figures.rows(cell="counts", precision=precision)):
-            labels = {"edges": edges, "rep": rep, "precision": precision}
-            rows.append([PRECISIONS[precision], edges, rep, *(text for mode in MODES for text in (
-                _number(figures.summed(cell="counts", mode=mode, **labels)), _number(figures.cost(mode, **labels), 3)))])
-    return ("## Edges and Rep branches of ours, summed over the network, per image\n\n"
-            + _table(["", "E", "Rep", *(text for title in MODES.values() for text in (f"{title}, ms", "/ one and one"))], rows))
+    def line(precision: str, edges: int, rep: int) -> list[Any]:
+        labels = {"edges": edges, "rep": rep, "precision": precision}
+        return [PRECISIONS[precision], edges, rep, *(text for mode in MODES for text in (
+            _number(figures.summed(cell="counts", mode=mode, **labels)), _number(figures.cost(mode, **labels), 3)))]
+
+    known = dict.fromkeys((precision, row["edges"], row["rep"]) for precision in figures.deciding
+                          for row in figures.rows(cell="counts", precision=precision))
+    head = ["", "E", "Rep", *(text for title in MODES.values() for text in (f"{title}, ms", "/ one and one"))]
+    return _section("## Edges and Rep branches of ours, summed over the network, per image", _table(head, _known(line, known)))
 
 
 def _network(figures: Figures) -> str:
@@ -277,8 +305,8 @@ def _network(figures: Figures) -> str:
                     rows.append([f"{batch}{way}", _named(figures, row["contender"], precision), _spread(figures, row),
                                  _number(gain), row["variant"], row["rounds"]])
     side = figures.record["plan"]["image"]
-    return (f"## The whole network SW-tiny, images of {side}x{side}, evaluation\n\n"
-            + _table(["batch", "mixers", "ms per image (quartiles)", "/ ours", "format", "rounds"], rows))
+    return _section(f"## The whole network SW-tiny, images of {side}x{side}, evaluation",
+                    _table(["batch", "mixers", "ms per image (quartiles)", "/ ours", "format", "rounds"], rows))
 
 
 def _launches(figures: Figures) -> str:
@@ -288,7 +316,7 @@ def _launches(figures: Figures) -> str:
                                                  if (row["contender"], row["precision"]) == (name, precision))]
             for name, precision in dict.fromkeys((row["contender"], row["precision"]) for row in found)]
     head = ["forward, one image, eager", *(f"stage {number}" for number in figures.stages)]
-    return "## Microseconds of the CPU for a call, which a CUDA graph spares\n\n" + _table(head, rows) if found else ""
+    return _section("## Microseconds of the CPU for a call, which a CUDA graph spares", _table(head, rows))
 
 
 def _method(record: Mapping[str, Any]) -> str:
@@ -297,16 +325,25 @@ def _method(record: Mapping[str, Any]) -> str:
     told = []
     for precision in plan["precisions"]:
         rows = [row for row in record["errors"] if row["precision"] == precision]
+        if not rows:
+            continue                                                  # of a run that was stopped
         worst = max((row for row in rows if row["of"] != "network"), key=lambda row: row["error"])
-        network = [f", of the networks' outputs {max(row['error'] for row in rows if row['of'] == 'network'):.1e} "
-                   f"({allowed['network'][precision]:.0e})"] if precision in plan["deciding"] else []
+        networks = [row["error"] for row in rows if row["of"] == "network"]
+        network = [f", of the networks' outputs {max(networks):.1e} ({allowed['network'][precision]:.0e})"] if networks else []
         told.append(f"{worst['error']:.1e} (stage {worst['stage']}, {NAMES[worst['contender']].replace('*', '')}; "
                     f"{allowed['operator'][precision]:.0e} would have stopped the run)" + "".join(network)
                     + (f" in {PRECISIONS[precision]}" if several else ""))
     ratios = f" Ratios are for {_threads(plan['threads'][-1])}." if len(plan["threads"]) > 1 else ""
+    formats = ("the memory format that was faster in a first probe, of those that it took part in" if cuda else
+               "the memory format, contiguous or channels_last, that was faster in a first probe; (d) and (e) also with the "
+               "padding, inside the\nconvolution or before it, that was")
     graphs = ("\n\nThe operator was timed as CUDA graphs, each with a call for every set of inputs: launches by the CPU, which "
-              "would hide the kernels, are told apart. Of several formats those that took more than twice as long as another "
-              "on a few images were left out. (a) and (b) are float32 in every comparison, as published; ratios in a row of "
+              "would hide the kernels, are told apart. Ours ran in both memory formats, as did (d) 7x7 in bfloat16, all else "
+              "contiguous only, for which torch has depthwise kernels of its own; of both formats one that took more than "
+              "twice as long as the other on a few images was left out. cuDNN searched for its kernels for what was timed, and chose "
+              "them by its rules for what was held against float64 and for those few images. What decides was compared first, "
+              "ours among it, and the rest of a precision later: its ratios to ours are of two comparisons.\n\n"
+              "(a) and (b) are float32 in every comparison, as published; ratios in a row of "
               "another precision are to ours in that precision.") if cuda else ""
     return f"""## What was measured
 
@@ -316,8 +353,7 @@ relative error of outputs, sums and gradients was {'; '.join(told)}. The convolu
 In every round each contender ran once, in an order drawn anew, short calls several times; times are medians over the rounds.
 Memory that was freed stays with the process, as in training (swconv/training/memory.py).
 Inputs and gradients were taken in turn from {plan['pool'] / 2**20:g} MiB (of float32) per memory format. Each contender ran in
-the memory format, contiguous or channels_last, that was faster in a first probe; (d) and (e) also with the padding, inside the
-convolution or before it, that was.{ratios}{graphs}
+{formats}.{ratios}{graphs}
 
 Forward is what inference does: from x to the sum of three norms and the skip. Ours and (c) have norms and skip in their
 kernels; (a) and (b) have their Rep branches summed, convolve with every filter, shift, add, and apply the norms.
@@ -363,6 +399,23 @@ def _listed(known: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in known.items() if value is not None)
 
 
+def _known(line: Callable[..., list[Any]], entries: Iterable[Sequence[Any]]) -> list[list[Any]]:
+    """The lines of entries of which the record holds all numbers."""
+    found = []
+    for entry in entries:
+        with suppress(Missing):
+            found.append(line(*entry))
+    return found
+
+
+def _section(title: str, *tables: str) -> str:
+    """Nothing where no table has a row."""
+    return "\n\n".join([title, *filter(None, tables)]) if any(tables) else ""
+
+
 def _table(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
+    rows = list(rows)
+    if not rows:
+        return ""
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)

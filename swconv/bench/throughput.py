@@ -1,7 +1,6 @@
 """Images per second of whole networks, by the papers' protocol and a strict one: SW Table 7, SLaK Tables 11, 12, Figure 4."""
 
 import copy
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swconv import atomic
 from swconv.bench import forms
-from swconv.bench.circumstances import check_ready, circumstances, device_name
+from swconv.bench.circumstances import check_ready, circumstances, write_growing
 from swconv.bench.timing import DTYPES, Contender, Pace, Progress, Turn, compare, in_precision, seconds_per_call
 from swconv.ops import strip_mix
 from swconv.training.memory import keep_freed_memory
@@ -25,8 +23,6 @@ ERRORS = {"float32": 1e-3, "tf32": 3e-2, "bfloat16": 1e-1}            # between 
 
 Pools = Mapping[str, Sequence[tuple[Tensor]]]                         # by memory format
 STRICT, HALF, ALL = ("float32",), ("float32", "bfloat16"), ("float32", "bfloat16", "tf32")
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -170,11 +166,7 @@ def run(out: Path, device: str = "cpu", quick: bool = False) -> Path:
     """
     where = torch.device(device)
     check_ready(where, "throughput")
-    for found in measure(plan_for(where, quick), where):
-        found |= {"quick": quick}
-        path = out / f"throughput-{device_name(found)}.json"
-        atomic.write_json(path, found)
-    log.info("wrote %s", path)
+    (path,) = write_growing(measure(plan_for(where, quick), where), out, "throughput", quick)
     return path
 
 

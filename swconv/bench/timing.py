@@ -100,6 +100,14 @@ def in_precision(name: str) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
+@contextmanager
+def without_search() -> Iterator[None]:
+    """cuDNN chooses its kernels by its rules: to search takes it seconds for every new shape, dtype, format and direction."""
+    cudnn = torch.backends.cudnn
+    with cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=cudnn.allow_tf32):
+        yield
+
+
 def compare(
     contenders: Sequence[Contender], threads: Sequence[int], pace: Pace, cuda: bool, graphs: bool = False
 ) -> list[dict[str, Any]]:
@@ -284,9 +292,10 @@ def _ready(variants: Mapping[str, Call], cuda: bool, memory: Any) -> dict[str, _
 
 def _without_slow(variants: Mapping[str, Call]) -> dict[str, Call]:
     trials = {name: call.few() for name, call in variants.items() if isinstance(call, Turn) and not call.fixed}
-    for trial in trials.values():
-        trial()
-    seconds = {name: min(seconds_per_call(trial, 1, True) for _ in range(2)) for name, trial in trials.items()}
+    with without_search():
+        for trial in trials.values():
+            trial()
+        seconds = {name: min(seconds_per_call(trial, 1, True) for _ in range(2)) for name, trial in trials.items()}
     limit = max(LAUNCH, SLOW * min(seconds.values(), default=0.0))
     return {name: call for name, call in variants.items() if seconds.get(name, 0.0) <= limit}
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from swconv.__main__ import main
-from swconv.bench import circumstances, forms, operator, page
+from swconv.bench import circumstances, forms, operator, page, work
 
 QUICK = ["bench", "operator", "--quick", "--out"]
 
@@ -34,10 +34,42 @@ def test_a_quick_run_is_short_and_writes_json_and_the_page_made_of_it(tmp_path):
 
 @pytest.fixture(scope="module")
 def three_precisions():
-    """A trial in the precisions of a GPU, on the CPU: TF32 is float32 there."""
+    """A trial of what a GPU measures, in its order, on the CPU: TF32 is float32 there, and a launch is no time of its own."""
+    parts = tuple(part for part in operator.CUDA.parts if part.kind != "launches")
     plan = replace(operator.plan_for(torch.device("cpu"), quick=True), threads=(1,), precisions=operator.CUDA.precisions,
-                   deciding=operator.CUDA.deciding)
-    return operator.measure(plan, torch.device("cpu"))
+                   deciding=operator.CUDA.deciding, parts=parts)
+    *_, found = operator.measure(plan, torch.device("cpu"))
+    return found
+
+
+def test_a_gpu_measures_every_contender_once_in_every_precision_and_first_what_decides():
+    for precision in operator.CUDA.precisions:
+        known = [*forms.sums(True, precision), *work.peers(operator.TINY[0]), "ours_layer"]
+        known += ["two_step_layer"] if precision == "float32" else []
+        names = [name for part in operator.CUDA.parts if (part.kind, part.precision) == ("operator", precision)
+                 for name in part.names]
+        assert sorted(names) == sorted(known)
+    first, second, *_ = operator.CUDA.parts
+    assert (first.precision, {"ours", "two_step", "slak_pair"} <= {*first.names}) == ("float32", True)
+    assert (second.precision, {"ours", "slak_pair"} == {*second.names}) == ("bfloat16", True)
+
+
+def test_a_stop_leaves_what_was_measured_and_a_page_that_says_so(tmp_path, capsys, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no more")
+
+    monkeypatch.setattr(operator, "_counts", broken)
+    assert main([*QUICK, str(tmp_path)]) == 1
+    assert capsys.readouterr().err.endswith("no more\n")
+    found = json.loads((tmp_path / "operator-cpu-quick.json").read_text())
+    assert {row["cell"] for row in found["times"]} == {"forward", "training"}
+    assert found["unfinished"] == ["stage 1, float32: E and Rep", "stage 2, float32: E and Rep", "network, batch 2, float32",
+                                   "network, batch 1, float32"]
+    text = (tmp_path / "operator-cpu-quick.md").read_text()
+    assert "**Stopped before: stage 1, float32: E and Rep; stage 2, float32: E and Rep; network, batch 2" in text
+    assert "| forward: time with E = 4 / E = 1 | <= 1.02 |  |  | not measured |" in text
+    assert "## Summed over" in text
+    assert "## The whole network" not in text
 
 
 def test_every_precision_has_rows_of_its_own_and_the_two_step_forms_are_float32_only(three_precisions):

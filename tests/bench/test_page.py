@@ -139,6 +139,25 @@ def test_targets_tell_whether_they_are_reached(record):
     assert "| SW-tiny, batch 8: two-step / merged | >= 1.7 |  | 1.200 | **not reached** |" in found
 
 
+def test_a_network_is_summed_only_where_every_stage_was_measured(record):
+    second = record["plan"]["stages"][0] | {"number": 2}
+    some = record | {"plan": record["plan"] | {"stages": [*record["plan"]["stages"], second]}, "unfinished": ["stage 2", "x"],
+                     "times": [row for row in record["times"] if row["cell"] != "network"]}
+    found = lines(some)
+    assert "**Stopped before: stage 2; x.** What is missing is left out below." in found
+    assert "| (a) two-step as published | 42.0 (37.8-46.2) | 42.0 | 84.0 | channels_last | 9 |" in found
+    assert not any(line.startswith(("## Summed", "## Edges", "## Stage 2", "## The whole network")) for line in found)
+    head = found.index("## Targets") + 4
+    targets = found[head : found.index("", head)]
+    told = [line for line in targets if not line.endswith("not measured |")]
+    assert [line.partition(":")[0] for line in told] == []
+    other = [row | {"stage": 2, "median_ms": 3 * row["median_ms"]} for row in some["times"] if row["cell"] == "forward"]
+    found = lines(some | {"times": some["times"] + other})
+    assert "| **ours**, strips | 12.0 | 1.00 | 4.00 | 18.0 | 1.50 |" in found        # 3 * 1 ms + 3 * 3 ms; 6 * 0.5 ms
+    assert "| forward: (a) two-step as published / ours | >= 20 | >= 35 | 42.0 | reached, and the aim |" in found
+    assert "| forward + backward: (a) / ours | >= 15 | >= 40 |  | not measured |" in found
+
+
 def test_memory_is_told_in_maps(record):
     assert "| **ours**, strips | 4.20; 1.30 |" in lines(record)
     assert "| (a) two-step as published | 39.0; 1.10 |" in lines(record)

@@ -1,9 +1,9 @@
 """A training step of SW-tiny beside its two-step form and its rivals on a GPU: time, by its parts, and peak memory."""
 
-import logging
+import copy
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import swconv.models  # noqa: F401  registers the networks with timm
-from swconv import atomic
-from swconv.bench.circumstances import check_ready, circumstances, device_name
+from swconv.bench.circumstances import check_ready, circumstances, stopped, write_growing
 from swconv.bench.forms import training_form
-from swconv.bench.timing import Progress, in_precision, peak
+from swconv.bench.timing import Progress, in_precision, peak, without_search
 from swconv.models.network import set_recompute
 from swconv.training.memory import keep_freed_memory
 
@@ -36,8 +35,6 @@ TITLES = {"bfloat16": "bfloat16 autocast", "float32": "float32"}
 TARGETS = (("step_ms", "ours", "two_step", 4.0), ("step_ms", "ours", "unireplknet", 1.2), ("step_ms", "ours", "convnext", 0.75),
            ("peak", "ours", "two_step", 0.5), ("peak", "recompute", "two_step", 0.5), ("peak", "ours", "unireplknet", 0.9))
 
-log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -49,8 +46,8 @@ class Plan:
         Images of a step, and their side in px.
     networks : mapping
         By the networks of `NETWORKS`: what differs from timm's defaults.
-    precisions : mapping of str to tuple of str
-        "bfloat16", by autocast, and "float32", strictly; and the memory formats of each.
+    rows : tuple of (str, str, str)
+        Network, precision ("bfloat16", by autocast, or "float32", strictly) and memory format, in the order of measurement.
     seconds, steps : float, int
         A network takes steps until so many seconds, warm, are over, but so many at least.
     """
@@ -58,17 +55,19 @@ class Plan:
     batch: int
     image: int
     networks: Mapping[str, Mapping[str, Any]]
-    precisions: Mapping[str, tuple[str, ...]]
+    rows: tuple[tuple[str, str, str], ...]
     seconds: float
     steps: int
 
 
-PRECISIONS = {"bfloat16": ("contiguous", "channels_last"), "float32": ("contiguous",)}
-FULL = Plan(128, 224, dict.fromkeys(NETWORKS, {}), PRECISIONS, 0.7, 5)
+ROWS = (*((name, "bfloat16", "contiguous") for name in NETWORKS),
+        *((name, "bfloat16", "channels_last") for name in ("ours", "convnext", "unireplknet")),
+        *((name, "float32", "contiguous") for name in NETWORKS))
+FULL = Plan(128, 224, dict.fromkeys(NETWORKS, {}), ROWS, 0.5, 3)
 _LITTLE = {"depths": (1, 1), "dims": (8, 16), "kernel_sizes": (13, 5)}
 QUICK = Plan(4, 64, {"ours": _LITTLE, "recompute": _LITTLE, "two_step": _LITTLE,
                      "unireplknet": _LITTLE | {"kernel_sizes": (3, 13)},
-                     "convnext": {"depths": (1, 1, 1, 1), "dims": (4, 4, 8, 8)}}, PRECISIONS, 0.0, 2)
+                     "convnext": {"depths": (1, 1, 1, 1), "dims": (4, 4, 8, 8)}}, ROWS, 0.0, 2)
 
 
 def run(out: Path, device: str, quick: bool) -> tuple[Path, Path]:
@@ -77,47 +76,55 @@ def run(out: Path, device: str, quick: bool) -> tuple[Path, Path]:
     Raises
     ------
     RuntimeError
-        When the device or the compiled operators are missing.
+        When the device or the compiled operators are missing. What was measured before another fault stays written, and names
+        what is `unfinished`.
     """
     where = torch.device(device)
     check_ready(where, "training")
-    found = measure(QUICK if quick else FULL, where) | {"quick": quick}
-    paths = tuple(out / f"training-{device_name(found)}.{kind}" for kind in ("json", "md"))
-    atomic.write_json(paths[0], found)
-    atomic.write_atomic(paths[1], render(found).encode())
-    log.info("wrote %s and %s", *paths)
-    return paths
+    return write_growing(measure(QUICK if quick else FULL, where), out, "training", quick, render)
 
 
-def measure(plan: Plan, device: torch.device) -> dict[str, Any]:
-    """All that the page tells: circumstances, and `steps`, one row per network, precision and memory format."""
-    start, rows = time.perf_counter(), []
+def measure(plan: Plan, device: torch.device) -> Iterator[dict[str, Any]]:
+    """All that the page tells, as far as it goes, after each row of the plan.
+
+    That is circumstances, `steps`, one row per network, precision and memory format, and the rows that are `unfinished`.
+    """
+    start, steps, made = time.perf_counter(), [], {}
     keep_freed_memory()
-    bar = Progress(len(plan.precisions) * len(plan.networks))
-    told = circumstances("training", device, "swconv.bench.training_step", plan=asdict(plan))
-    for precision, formats in plan.precisions.items():
-        with in_precision(precision):
-            for name, arguments in plan.networks.items():
-                bar.step(f"training step, {name}, {precision}")
-                for layout in formats:
-                    rows.append({"network": name, "precision": precision, "format": layout}
-                                | _row(plan, name, arguments, precision, layout, device))
-                    if device.type == "cuda":
-                        torch.cuda.empty_cache()                      # of this network
+    bar = Progress(len(plan.rows))
+    with in_precision("float32"), without_search():
+        told = circumstances("training", device, "swconv.bench.training_step", plan=asdict(plan))
+    for number, (name, precision, layout) in enumerate(plan.rows, start=1):
+        bar.step(f"training step, {name}, {precision}, {layout}")
+        with in_precision(precision), without_search():
+            model = _made(made, plan, name)
+            steps.append({"network": name, "precision": precision, "format": layout}
+                         | _row(plan, name, model, precision, layout, device))
+        if device.type == "cuda":
+            torch.cuda.empty_cache()                                  # of this network
+        unfinished = [", ".join(row) for row in plan.rows[number:]]
+        yield told | {"seconds": round(time.perf_counter() - start, 1), "steps": steps, "unfinished": unfinished}
     bar.close()
-    return told | {"seconds": round(time.perf_counter() - start, 1), "steps": rows}
+
+
+def _made(made: dict[str, nn.Module], plan: Plan, name: str) -> nn.Module:
+    """A copy of the network as timm makes it, which takes a CPU seconds: once per model and arguments."""
+    _, model_name, _ = NETWORKS[name]
+    key = f"{model_name} {plan.networks[name]}"
+    if key not in made:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            made[key] = timm.create_model(model_name, **plan.networks[name])
+    return copy.deepcopy(made[key])
 
 
 def _row(
-    plan: Plan, name: str, arguments: Mapping[str, Any], precision: str, layout: str, device: torch.device
+    plan: Plan, name: str, model: nn.Module, precision: str, layout: str, device: torch.device
 ) -> dict[str, Any]:
     """Median and quartiles of a step's milliseconds, medians of its parts, and bytes at its peak."""
-    cuda, (_, model_name, form) = device.type == "cuda", NETWORKS[name]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = training_form(timm.create_model(model_name, **arguments), form)
+    cuda, (_, _, form) = device.type == "cuda", NETWORKS[name]
     set_recompute(model, form == "recompute")
-    model = model.to(device, memory_format=FORMATS[layout]).train()
+    model = training_form(model, form).to(device, memory_format=FORMATS[layout]).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     images = torch.randn(plan.batch, 3, plan.image, plan.image, device=device).to(memory_format=FORMATS[layout])
     labels = torch.zeros(plan.batch, dtype=torch.int64, device=device)
@@ -185,21 +192,26 @@ def render(record: Mapping[str, Any]) -> str:
     trial = "**A trial on tiny networks, to see that it runs; its numbers say nothing.**\n\n" if record["quick"] else ""
     changed = ", with changes that are not committed" if record["git_dirty"] else ""
     where = hardware["gpu"] if record["device"] == "cuda" else f"{hardware['cores']} cores of {hardware['cpu']}"
-    best = {(name, precision): _best(record, name, precision) for precision in plan["precisions"] for name in plan["networks"]}
+    best = {(name, precision): _best(record, name, precision) for precision in TITLES for name in plan["networks"]}
+    measured = {(row["network"], row["precision"]) for row in record["steps"]}
     head = ["ms (quartiles)", *PARTS, "images/s", "/ ours", "peak, GiB", "/ ours", "format", "steps"]
     tables = [_table([TITLES[precision], *head],
-                     [_line(name, best[name, precision], best["ours", precision]) for name in plan["networks"]])
-              for precision in plan["precisions"]]
+                     [_line(name, best[name, precision], best["ours", precision]) for name in plan["networks"]
+                      if (name, precision) in measured])
+              for precision in TITLES if any(key[1] == precision for key in measured)]
     targets = [_target(key, own, rival, bound, best[own, "bfloat16"], best[rival, "bfloat16"])
                for key, own, rival, bound in TARGETS]
     return f"""# A training step on {where}
 
-{trial}Made by `python -m swconv bench training --device {record['device']}` at {record['started']} in {record['seconds']:.0f} \
+{trial}{stopped(record)}\
+Made by `python -m swconv bench training --device {record['device']}` at {record['started']} in {record['seconds']:.0f} \
 s; commit {record['git_commit'] or 'unknown'}{changed}. Load before: {record['load_before']}. Versions: \
 {', '.join(f'{name} {version}' for name, version in record['versions'].items() if version is not None)}.
 
 {plan['batch']} images of {plan['image']}x{plan['image']} px that lie on the device, cross-entropy, AdamW; neither drop path
-nor masks. Each network in the faster of contiguous and channels_last, in float32 contiguous; medians. Peak: of torch's
+nor masks. Each network in the faster of the memory formats that it ran in: contiguous, and in bfloat16 channels_last for
+SW-tiny, UniRepLKNet-T and ConvNeXt-T; medians. cuDNN chose its kernels by its rules (`cudnn.benchmark` off, as `swconv train`
+has it; timm's training script turns its search on). Peak: of torch's
 allocations in a step, weights, gradients and optimizer included. The two-step form convolves with every Rep branch and
 sums the maps, as the released code trains, and stays in float32 under autocast, as its kernels are published.
 

@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from swconv.__main__ import main
-from swconv.bench import training_step
+from swconv.bench import circumstances, training_step
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def found():
-    return json.loads(json.dumps(training_step.measure(training_step.QUICK, CPU) | {"quick": True}))
+    *_, last = training_step.measure(training_step.QUICK, CPU)
+    return json.loads(json.dumps(last | {"quick": True}))
 
 
 def row(network, ms, peak, **more):
@@ -22,10 +23,35 @@ def row(network, ms, peak, **more):
             "peak": peak, "count": 5} | more
 
 
-def test_every_network_has_a_row_in_every_precision_and_format(found):
-    assert [(row["network"], row["precision"], row["format"]) for row in found["steps"]] == [
-        (name, precision, layout) for precision, formats in training_step.PRECISIONS.items() for name in training_step.NETWORKS
-        for layout in formats]
+def test_every_network_has_a_row_in_every_precision_half_precision_first(found):
+    rows = [(row["network"], row["precision"], row["format"]) for row in found["steps"]]
+    assert rows == [*training_step.FULL.rows]
+    assert found["unfinished"] == []
+    contiguous = [row[:2] for row in rows if row[2] == "contiguous"]
+    assert contiguous == [(name, precision) for precision in ("bfloat16", "float32") for name in training_step.NETWORKS]
+
+
+def test_a_stop_leaves_the_rows_before_it_and_a_page_of_them(tmp_path, monkeypatch):
+    steps = training_step._row
+
+    def one(plan, name, *others):
+        if name != "ours":
+            raise RuntimeError("no more")
+        return steps(plan, name, *others)
+
+    monkeypatch.setattr(training_step, "_row", one)
+    with pytest.raises(RuntimeError, match="no more"):
+        circumstances.write_growing(training_step.measure(training_step.QUICK, CPU), tmp_path, "training", True,
+                                    training_step.render)
+    left = json.loads((tmp_path / "training-cpu-quick.json").read_text())
+    assert [row["network"] for row in left["steps"]] == ["ours"]
+    assert left["unfinished"][0] == "recompute, bfloat16, contiguous"
+    assert len(left["unfinished"]) == len(training_step.FULL.rows) - 1
+    text = (tmp_path / "training-cpu-quick.md").read_text()
+    assert "**Stopped before: recompute, bfloat16, contiguous; two_step" in text
+    assert "| **SW-tiny**, strips |" in text
+    assert "ConvNeXt-T of timm |" not in text
+    assert "| float32 |" not in text
 
 
 def test_a_step_is_its_parts(found):
@@ -44,8 +70,7 @@ def test_the_page_takes_the_faster_format_and_puts_rivals_over_ours(found):
     steps = [row("ours", 50.0, 2**30), row("ours", 20.0, 2**31, format="channels_last"), row("two_step", 100.0, 2**33),
              row("unireplknet", 22.0, 2**31), {"network": "convnext", "precision": "bfloat16", "format": "contiguous",
                                                "out_of_memory": True}]
-    plan = found["plan"] | {"precisions": {"bfloat16": ["contiguous", "channels_last"]}}
-    lines = training_step.render(found | {"steps": steps, "plan": plan}).splitlines()
+    lines = training_step.render(found | {"steps": steps}).splitlines()
     two_step = "100.0 (90.0-110.0) | 1.0 | 2.0 | 3.0 | 40 | 5.00 | 8.00 | 4.00 | contiguous | 5 |"
     assert f"| SW-tiny, two-step as published | {two_step}" in lines
     assert any(line.startswith("| ConvNeXt-T of timm | out of memory |") for line in lines)

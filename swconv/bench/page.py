@@ -340,9 +340,9 @@ def _method(record: Mapping[str, Any]) -> str:
     graphs = ("\n\nThe operator was timed as CUDA graphs, each with a call for every set of inputs: launches by the CPU, which "
               "would hide the kernels, are told apart. Ours ran in both memory formats, as did (d) 7x7 in bfloat16, all else "
               "contiguous only, for which torch has depthwise kernels of its own; of both formats one that took more than "
-              "twice as long as the other on a few images was left out. cuDNN searched for its kernels for what was timed, and chose "
-              "them by its rules for what was held against float64 and for those few images. What decides was compared first, "
-              "ours among it, and the rest of a precision later: its ratios to ours are of two comparisons.\n\n"
+              "twice as long as the other on a few images was left out. cuDNN searched for its kernels for what was timed, and "
+              "chose them by its rules for what was held against float64 and for those few images. What decides was compared "
+              "first, ours among it, and the rest of a precision later: its ratios to ours are of two comparisons.\n\n"
               "(a) and (b) are float32 in every comparison, as published; ratios in a row of "
               "another precision are to ours in that precision.") if cuda else ""
     return f"""## What was measured

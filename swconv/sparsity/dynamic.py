@@ -329,8 +329,10 @@ class SparseTraining:
         """Prune all layers, then grow them: between the two the device is waited for once, to read what died."""
         pruned: dict[str, Tensor] = {}                                # of branch 0 alone where all share its mask
         joint: dict[str, Tensor] = {}                                 # scores that the subsets of branch 0 need
+        names = [name for layer in live for name in layer.branches]
+        sizes = dict(zip(names, torch._foreach_abs([self._weights[name] for name in names]), strict=True)) if names else {}
         for layer in live:
-            scores = [layer.reduce(self._weights[name].abs(), "sum") for name in layer.branches]
+            scores = [layer.reduce(sizes[name], "sum") for name in layer.branches]
             if shared:
                 scores = [torch.stack(scores).sum(0)]
                 joint |= {layer.branches[0]: scores[0]} if self._subset else {}
@@ -356,7 +358,7 @@ class SparseTraining:
         several = [layer for layer in live if len(layer.branches) > 1]
         stacks = [torch.stack([self.masks[name] for name in layer.branches]) for layer in several]
         counts = _read([mask.sum() for mask in self.masks.values()]
-                       + [(mask & ~self.masks[name]).sum() for name, mask in before.items()]
+                       + [(mask > self.masks[name]).sum() for name, mask in before.items()]         # alive before, not now
                        + [part.sum() for stack in stacks for part in (stack.all(0), stack.any(0))])
         alive, lost, overlaps = counts[: len(before)], counts[len(before) : 2 * len(before)], counts[2 * len(before) :]
         old, self._alive = self._alive, dict(zip(before, alive, strict=True))

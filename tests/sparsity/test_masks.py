@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Generator, nn, tensor
 
-from swconv.sparsity.masks import draw, grow, lowest, prune, select_layers, subset_update
+from swconv.sparsity.masks import SORTED, draw, grow, lowest, prune, select_layers, subset_update
 
 GOLDEN_KEYS = json.loads((Path(__file__).parents[1] / "golden" / "state_dict_keys.json").read_text())
 
@@ -177,11 +177,12 @@ def test_exact_growth_does_not_drift_though_its_masks_move():
 
 
 @pytest.mark.parametrize("count", [0, 1, 57, 99, 100])
-def test_the_lowest_are_the_first_of_a_stable_order(count):
-    values = torch.randint(0, 9, (100,), generator=Generator().manual_seed(0)).float()
-    wanted = torch.zeros(100, dtype=torch.bool)
-    wanted[values.argsort(stable=True)[:count]] = True
-    assert torch.equal(lowest(values, count), wanted)
+@pytest.mark.parametrize("times", [1, SORTED // 25])                  # on both sides of SORTED
+def test_the_lowest_are_the_first_of_a_stable_order(count, times):
+    values = torch.randint(0, 9, (100 * times,), generator=Generator().manual_seed(0)).float()
+    wanted = torch.zeros(100 * times, dtype=torch.bool)
+    wanted[values.argsort(stable=True)[: count * times]] = True
+    assert torch.equal(lowest(values, count * times), wanted)
 
 
 def test_a_drawn_mask_has_its_density():

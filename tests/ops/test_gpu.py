@@ -13,8 +13,8 @@ from swconv.ops import ShiftTables, ShiftwiseConv2d, assemble, native, shift_add
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-# dtype, whether TF32 is allowed, and the relative error that is: TF32 cuts both factors of a product off after 2^-10
-ENGINES = {"float32": (torch.float32, False, 1e-5), "tf32": (torch.float32, True, 4e-3),
+# dtype, whether TF32 is allowed, and the relative error that is
+ENGINES = {"float32": (torch.float32, False, 1e-5), "tf32": (torch.float32, True, 2e-3),
            "bfloat16": (torch.bfloat16, False, 1e-2), "float16": (torch.float16, False, 2e-3)}
 # images, channels, height, width; breadth, length and anchor of the horizontal strip, of the vertical; side of the small kernel
 CASES = {
@@ -87,6 +87,8 @@ def poison(shape, dtype):
 def test_every_engine_is_the_operator_and_repeats_its_bits(engine, case, layout):
     dtype, allowed = engine
     tensors, upstream, anchors = arguments(case)
+    if case == "one pixel" and torch.backends.cuda.matmul.allow_tf32:  # three products, each off by 2^-9 at most, may cancel
+        allowed *= 2
     rounded = [t.to(dtype).double() for t in tensors], [g.to(dtype).double() for g in upstream]
     wanted = results(*rounded, anchors)
 

@@ -419,11 +419,11 @@ def _network(
     plan: Plan, precision: str, batch: int, made: Callable[[str], tuple[dict[str, nn.Module], list[dict[str, Any]]]],
     device: torch.device,
 ) -> Found:
-    """One batch, and for the smallest on a GPU also as a CUDA graph; errors are those of the networks, told once."""
+    """One batch, on a GPU also as a CUDA graph, which does not wait for the CPU; the networks' errors are told once."""
     cuda, (networks, errors) = device.type == "cuda", made(precision)
     contenders = _whole(plan, precision, networks, batch, device)
     times = compare(contenders, plan.threads[-1:], plan.whole, cuda)
-    if cuda and batch == plan.batches[0]:
+    if cuda:
         rows = compare(contenders, plan.threads[-1:], plan.whole, cuda, graphs=True)
         times += rows if all(row["launched"] == "graph" for row in rows) else []
     return {"errors": errors if batch == plan.batches[-1] else [], "times": times}

@@ -1,5 +1,6 @@
 """The report of a benchmark: Markdown made of its JSON and nothing else."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -175,10 +176,10 @@ TARGETS = {
         Target("forward + backward: (a) in float32 / ours in bfloat16",
                lambda f: f.gain("training", "two_step", "bfloat16"), 25, 120),
         *_counts_targets("float32", ", float32"), *_counts_targets("bfloat16", ", bfloat16"), *MEMORY_TARGETS,
-        Target("SW-tiny, batch {last}, float32: two-step / merged",
-               lambda f: f.network_gain(f.record["plan"]["batches"][-1]), 3, 4.5),
-        Target("SW-tiny, batch {last}: two-step in float32 / merged in bfloat16",
-               lambda f: f.network_gain(f.record["plan"]["batches"][-1], precision="bfloat16"), 6, 12),
+        Target("SW-tiny as a CUDA graph, batch {last}, float32: two-step / merged",
+               lambda f: f.network_gain(f.record["plan"]["batches"][-1], launched="graph"), 3, 4.5),
+        Target("SW-tiny as a CUDA graph, batch {last}: two-step in float32 / merged in bfloat16",
+               lambda f: f.network_gain(f.record["plan"]["batches"][-1], precision="bfloat16", launched="graph"), 6, 12),
         *(Target(f"CPU's time for an eager call of ours, {precision}, us",
                  lambda f, precision=precision: f.launch("ours", precision), 12, 6, most=True)
           for precision in ("float32", "bfloat16")),
@@ -391,7 +392,8 @@ def _number(value: float, digits: int = 2) -> str:
     """Three figures or more, without an exponent."""
     if value == 0:
         return "0"
-    decimals = {True: digits, abs(value) >= 10: 1, abs(value) >= 100: 0, abs(value) < 1: 3}[True]
+    small = 2 - math.floor(math.log10(abs(value)))
+    decimals = {True: digits, abs(value) >= 10: 1, abs(value) >= 100: 0, abs(value) < 1: 3, abs(value) < 0.1: small}[True]
     return f"{value:.{decimals}f}"
 
 

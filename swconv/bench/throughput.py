@@ -214,7 +214,7 @@ def _group(plan: Plan, group: str, device: torch.device, bar: Progress) -> Itera
                 _check_equal(f"{entry.model}, {entry.form}", variants, ERRORS[precision])
                 contenders.append(Contender({"protocol": "strict"} | labels, variants))
             if contenders:
-                rows += compare(contenders, (torch.get_num_threads(),), plan.strict[group], cuda)
+                rows += compare(contenders, (torch.get_num_threads(),), plan.strict[group], cuda, graphs=True)
                 yield precision, rows
         torch.compiler.reset()                                        # programs of this precision, among which every call looks
 

@@ -61,6 +61,7 @@ def test_variants_that_are_slow_on_a_few_images_are_left_out():
     assert (row["variant"], row["left_out"], list(row["probe_ms"])) == ("fast", ["slow"], ["fast"])
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")       # torch.compile's own, of torch.jit
 @pytest.mark.parametrize("suite", ["operator", "throughput", "training"])
 def test_every_suite_runs_on_a_gpu(suite, tmp_path):
     assert main(["bench", suite, "--quick", "--device", "cuda", "--out", str(tmp_path)]) == 0

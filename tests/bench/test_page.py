@@ -63,6 +63,9 @@ def gpu(record):
     graphs = [row(ms, launched="graph", cell="network", batch=1, contender=name)
               for name, ms in (("ours", 5.0), ("two_step", 40.0))]
     graphs.append(row(2.0, precision="bfloat16", launched="graph", cell="network", batch=1, contender="ours"))
+    graphs += [row(ms, launched="graph", cell="network", batch=8, contender=name)
+               for name, ms in (("ours", 80.0), ("two_step", 240.0))]
+    graphs.append(row(20.0, precision="bfloat16", launched="graph", cell="network", batch=8, contender="ours"))
     both = ["float32", "bfloat16"]
     return record | {
         "device": "cuda", "hardware": {"cpu": "Some CPU", "cores": 2, "gpu": "Some GPU"},
@@ -83,8 +86,8 @@ def test_a_gpu_s_targets_put_half_precision_beside_the_two_steps_of_float32(gpu)
     assert "| forward: (a) in float32 / ours in bfloat16 | >= 60 | >= 200 | 420 | reached, and the aim |" in found
     assert "| forward, bfloat16: (e) / ours | >= 10 | >= 40 | 8.000 | **not reached** |" in found
     assert "| forward + backward: (a) in float32 / ours in bfloat16 | >= 25 | >= 120 | 500 | reached, and the aim |" in found
-    network = "| SW-tiny, batch 8: two-step in float32 / merged in bfloat16 | >= 6 | >= 12 | 12.0 | reached, and the aim |"
-    assert network in found
+    what = "SW-tiny as a CUDA graph, batch 8: two-step in float32 / merged in bfloat16"
+    assert f"| {what} | >= 6 | >= 12 | 12.0 | reached, and the aim |" in found
     assert "| CPU's time for an eager call of ours, float32, us | <= 12 | <= 6 | 10.0 | reached |" in found
     assert "| CPU's time for an eager call of ours, bfloat16, us | <= 12 | <= 6 | 20.0 | **not reached** |" in found
 
@@ -98,7 +101,7 @@ def test_the_share_of_the_floor_is_told_for_the_stages_that_there_are(gpu):
 
 def test_rows_of_a_gpu_tell_precision_and_what_was_no_graph(gpu):
     found = lines(gpu)
-    assert "| **ours**, strips, bfloat16 | 0.100 (0.090-0.110) | 1.00 | 0.400 | channels_last | 9 |" in found
+    assert "| **ours**, strips, bfloat16 | 0.100 (0.0900-0.110) | 1.00 | 0.400 | channels_last | 9 |" in found
     assert "| **ours**, strips, float32 | 1.00 (0.900-1.10) | 1.00 | 2.00 | channels_last, no CUDA graph | 9 |" in found
     assert "| 1, as a CUDA graph | (a) two-step as published, float32 | 40.0 (36.0-44.0) | 8.00 | channels_last | 9 |" in found
     assert "| **ours**, strips, float32 | 10.0 |" in found
@@ -179,3 +182,8 @@ def test_a_trial_and_changes_that_are_not_committed_are_told(record):
     text = page.render(record | {"quick": True, "git_dirty": True})
     assert "its numbers say nothing" in text
     assert "commit abc123, with changes that are not committed." in text
+
+
+def test_numbers_have_three_figures_however_small():
+    assert [page._number(value) for value in (0.00043219, 0.05, 0.2345, 1.2, 12.34, 1234.5)] == [
+        "0.000432", "0.0500", "0.234", "1.20", "12.3", "1234"]

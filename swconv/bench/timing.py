@@ -285,8 +285,9 @@ def _ready(variants: Mapping[str, Call], cuda: bool, memory: Any) -> dict[str, _
     ways = {}
     for name, call in variants.items():
         call()
-        way = _captured(call, memory) if memory and isinstance(call, Turn) else None
-        ways[name] = way or _Way(call)
+        # a call for every set of the pool, so that no cache holds them
+        replay = captured([call] * len(call.pool), memory) if memory and isinstance(call, Turn) else None
+        ways[name] = _Way(replay, len(call.pool), "graph") if replay else _Way(call)
     return ways
 
 
@@ -300,23 +301,23 @@ def _without_slow(variants: Mapping[str, Call]) -> dict[str, Call]:
     return {name: call for name, call in variants.items() if seconds.get(name, 0.0) <= limit}
 
 
-def _captured(turn: Turn, memory: Any) -> _Way | None:
-    """One graph of a call for every set of the pool. Their results lie apart, so that no cache holds them, either."""
+def captured(calls: Sequence[Call], memory: Any = None) -> Call | None:
+    """The replay of one CUDA graph of all calls, whose results lie apart; None, with a line in the log, where that fails."""
     here, side, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
     side.wait_stream(here)
     with torch.cuda.stream(side):
-        turn()                                                        # what is chosen and made once, on such a stream
+        calls[0]()                                                    # what is chosen and made once, on such a stream
     here.wait_stream(side)
     try:
         with torch.cuda.stream(here), torch.cuda.graph(graph, pool=memory):     # after a failure `here` is current again
-            results = [turn() for _ in turn.pool]
+            results = [call() for call in calls]
     except RuntimeError as error:
         log.info("not captured as a CUDA graph, so called: %s", str(error).partition("\n")[0])
         torch.cuda.synchronize()
         return None
     del results
     graph.replay()
-    return _Way(graph.replay, len(turn.pool), "graph")
+    return graph.replay
 
 
 def _probe(ways: Mapping[str, _Way], probes: int, cuda: bool) -> dict[str, float]:

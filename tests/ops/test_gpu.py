@@ -202,7 +202,8 @@ def test_networks_give_on_the_gpu_what_they_give_in_float64_and_merge(name):
             assert relative(copy.deepcopy(network).bfloat16()(x.bfloat16()), wanted) < 5e-2
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")       # torch.compile's own, of torch.jit
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")       # torch.compile's own, of torch.jit,
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")         # and its advice
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", ["training", "merged"])
 def test_networks_compile_whole_and_replay_as_cuda_graphs(form, dtype):

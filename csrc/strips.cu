@@ -368,6 +368,7 @@ struct Correlation {
   Region region, grad_region;
   const float* grad;
   int offset, runs, pairs;      // offset: of its taps among all, in `partial`
+  int skip, reach;              // taps that meet no pixel of the map, whose gradients are 0, and how many after them do
   int rider_runs, rider_offset;  // 1 where the small kernel, as broad as this strip, is one more run of taps; its offset
 };
 
@@ -396,7 +397,7 @@ SWCONV_DEVICE void correlate(const Correlations& c, const Correlation& p, const 
   if (slot >= c.s.slots || block.image + slot >= c.s.images || pair >= block.across(k.tall)) return;
   const bool rides = run == p.runs;
   const int first = block.first(r), start = block.start(k.tall);
-  const int shift = rides ? start - c.rider.anchor : start + run * kRun - k.anchor;  // output p meets input p + shift, tap 0
+  const int shift = rides ? start - c.rider.anchor : start + p.skip + run * kRun - k.anchor;  // output p meets input p + shift
   const int begin = most(0, first - shift - (kRun - 1)), end = least(block.along(k.tall), block.last(r) - shift);
   if (begin >= end) return;
   const float* pixels = region + slot * r.size + (begin + shift - first + r.lead) * r.pitch + pair + column;
@@ -470,8 +471,8 @@ SWCONV_DEVICE void correlations_part(const Correlations& c, const Correlation& p
   const int side = small.length;
   SWCONV_THREADS(kGradThreads, {
     for (int i = thread; i < k.length * N; i += kGradThreads) {
-      const int t = i / N, a = i % N;
-      const float total = collected<N>(c, p, sums, t / kRun, a, t % kRun);
+      const int t = i / N, a = i % N, met = t - p.skip;
+      const float total = met >= 0 && met < p.reach ? collected<N>(c, p, sums, met / kRun, a, met % kRun) : 0.f;
       to[p.offset + k.tap_of(t, column + a)] = total;
       const int row = t - k.anchor + side / 2, from_left = column + a - k.breadth / 2 + side / 2;
       if (c.folded && k.tall && row >= 0 && row < side && from_left >= 0 && from_left < side)
@@ -688,9 +689,11 @@ Correlations correlations_of(const StripSizes& sizes, const Three& strips, bool 
     for (const Strip* k : {&strips.h, &strips.v, &strips.c}) {
       if (k == &strips.c && (folded || rides)) continue;
       Correlation& p = c.parts[c.count++];
+      const int map = k->tall ? c.s.height : c.s.width, skip = std::max(0, k->anchor - (map - 1));
+      const int reach = std::min(k->length, k->anchor + map) - skip;
       p = {*k, region_of(c.s, *k, k->length, k->breadth, k->anchor, kRun - 1, 2 * (kRun - 1), 2),
-           region_of(c.s, *k, 1, 1, 0, 0, kRun - 1, 2), nullptr, offset, up(k->length, kRun), up(across_of(c.s, *k), 2),
-           rides && k == &strips.v, small_offset};
+           region_of(c.s, *k, 1, 1, 0, 0, kRun - 1, 2), nullptr, offset, up(reach, kRun), up(across_of(c.s, *k), 2),
+           skip, reach, rides && k == &strips.v, small_offset};
       offset += k->length * k->breadth;
       c.region = std::max(c.region, p.region.size), c.grad = std::max(c.grad, p.grad_region.size);
       most_breadth = std::max(most_breadth, k->breadth <= 7 ? k->breadth : 1);

@@ -26,7 +26,7 @@ demo: setup
 test: setup
 	$(BIN)ruff check .
 	$(BIN)lint-imports
-	$(BIN)python -m pytest -m "not slow"
+	OMP_WAIT_POLICY=PASSIVE $(BIN)python -m pytest -n 2 --dist loadfile -m "not slow"
 
 bench: setup
 	$(BIN)python -m swconv bench operator --out reports/bench

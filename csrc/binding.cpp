@@ -37,23 +37,26 @@ void require(bool met, const Words&... words) {
   throw std::runtime_error(sentence.str());
 }
 
-std::string shape(const Tensor& t) {
-  std::ostringstream text;
-  text << "(";
-  for (int64_t d = 0; d < t.dim(); ++d) text << (d ? ", " : "") << t.size(d);
-  text << ")";
-  return text.str();
-}
+// Becomes text only where a sentence needs it: on small maps, sentences for nothing would be a third of a call.
+struct shape {
+  const Tensor& tensor;
+
+  explicit shape(const Tensor& tensor) : tensor(tensor) {}
+  friend std::ostream& operator<<(std::ostream& text, const shape& s) {
+    text << "(";
+    for (int64_t d = 0; d < s.tensor.dim(); ++d) text << (d ? ", " : "") << s.tensor.size(d);
+    return text << ")";
+  }
+};
 
 void require_shape(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> wanted) {
   bool same = t.dim() == static_cast<int64_t>(wanted.size());
-  std::ostringstream text;
   int64_t d = 0;
-  for (const int64_t size : wanted) {
-    same = same && t.size(d) == size;
-    text << (d++ ? ", " : "") << size;
-  }
-  require(same, op, " needs ", name, " of shape (", text.str(), "), got ", shape(t),
+  for (const int64_t size : wanted) same = same && t.size(d++) == size;
+  if (same) return;
+  std::ostringstream text;
+  for (const int64_t size : wanted) text << (text.tellp() > 0 ? ", " : "") << size;
+  require(false, op, " needs ", name, " of shape (", text.str(), "), got ", shape(t),
           ". Were all arguments made for the same layer?");
 }
 
@@ -76,7 +79,7 @@ auto with_type(const char* op, const Tensor& t, const Body& body) {
   return type == ScalarType::Float ? body(float()) : body(double());
 }
 
-Tensor dense(const Tensor& t) { return torch::stable::contiguous(t); }
+Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 constexpr int64_t kChannels = 16;  // that one thread takes at least, where a channel is little work
 
@@ -260,8 +263,8 @@ swconv::AssembleSizes assemble_sizes(const char* op, const Tensor& mixing, int64
 
 Three assemble_cpu(const std::vector<Tensor> filters, const Tensor mixing) {
   constexpr const char* op = "swconv::assemble";
-  require(!filters.empty() && filters[0].dim() == 4, op, " needs filters (R * n, 1, N, N), got ",
-          filters.empty() ? "none" : shape(filters[0]), ".");
+  require(!filters.empty(), op, " needs filters (R * n, 1, N, N), got none.");
+  require(filters[0].dim() == 4, op, " needs filters (R * n, 1, N, N), got ", shape(filters[0]), ".");
   const int64_t small = filters[0].size(3);
   const auto s = assemble_sizes(op, mixing, static_cast<int64_t>(filters.size()), small);
   std::vector<Tensor> from;
@@ -379,7 +382,8 @@ struct Layout {
   }
 
   Tensor of(const Tensor& t) const {
-    return channels_last ? torch::stable::contiguous(t, MemoryFormat::ChannelsLast) : torch::stable::contiguous(t);
+    if (!channels_last) return dense(t);
+    return is_channels_last(t) ? t : torch::stable::contiguous(t, MemoryFormat::ChannelsLast);
   }
 };
 

@@ -95,7 +95,7 @@ CPU = Plan(
     stages=SW_TINY, parts=tuple(Part(kind, "float32") for kind in ("operator", "counts", "network", "small batches")),
     threads=(1, 2), precisions=("float32",), deciding=("float32",), pool=2**27, network={}, image=224,
     batches=(1, 8), product=2048, copied=2**28,
-    forward=Pace(10, 9), training=Pace(25, 7, probes=2), counts=Pace(8, 15), whole=Pace(30, 7, probes=2),
+    forward=Pace(9, 9), training=Pace(18, 7, probes=2), counts=Pace(8, 15), whole=Pace(20, 5, probes=2),
 )
 CUDA = replace(                                                       # what decides first: a GPU is lent for minutes
     CPU, stages=tuple(replace(stage, batch=128) for stage in SW_TINY), threads=(1,), precisions=("float32", "tf32", "bfloat16"),

@@ -88,7 +88,7 @@ class Plan:
     rounds: int
 
 
-FULL = Plan({"mini": 10, "paper": 2}, {"mini": 100, "paper": 8}, 8000, 96, 8, 224, {}, 3)
+FULL = Plan({"mini": 10, "paper": 2}, {"mini": 100, "paper": 8}, 8000, 96, 8, 224, {}, 2)
 QUICK = Plan({"mini": 1, "paper": 1}, {"mini": 2, "paper": 1}, 256, 16, 4, 64,
              {"depths": [1, 1], "dims": [8, 16], "kernel_sizes": [13, 5]}, 1)
 

@@ -226,8 +226,8 @@ s; commit {record['git_commit'] or 'unknown'}{changed}. Load before: {record['lo
 nor masks. Each network in the faster of the memory formats that it ran in: contiguous, and in bfloat16 channels_last for
 SW-tiny, UniRepLKNet-T and ConvNeXt-T; medians. cuDNN chose its kernels by its rules (`cudnn.benchmark` off, as `swconv train`
 has it; timm's training script turns its search on). Graph: a whole step as one CUDA graph, which does not wait for the CPU's
-launches as an eager step does; where steps of `recompute` cannot be captured nothing is told. Peak: of torch's allocations in
-an eager step, weights, gradients and optimizer included. The two-step form convolves with every Rep branch and
+launches as an eager step does; a step that cannot be captured has none. Peak: of torch's allocations in an eager step,
+weights, gradients and optimizer included. The two-step form convolves with every Rep branch and
 sums the maps, as the released code trains, and stays in float32 under autocast, as its kernels are published.
 
 {(chr(10) * 2).join(tables)}

@@ -29,8 +29,8 @@ ARCHITECTURES = {
     "sm_90": "arch=compute_90,code=sm_90",
     "compute_90": "arch=compute_90,code=compute_90",
 }
-CXX_SOURCES = ["csrc/shift_add_cpu.cpp", "csrc/assemble_cpu.cpp", "csrc/binding.cpp"]
-STRIPS_SOURCE = "csrc/strips_cpu.cpp"  # compiled once for every set of vector instructions; binding.cpp takes the best
+CXX_SOURCES = ["csrc/shift_add_cpu.cpp", "csrc/binding.cpp"]
+VECTOR_SOURCES = ["csrc/assemble_cpu.cpp", "csrc/strips_cpu.cpp"]  # compiled for every set of instructions; binding.cpp picks
 SCARCE = "-fno-predictive-commoning"       # 16 registers are too few to carry taps from line to line
 INSTRUCTIONS = {
     "portable": SCARCE,
@@ -38,6 +38,7 @@ INSTRUCTIONS = {
        if platform.machine() == "x86_64" else {}),
 }
 CUDA_SOURCES = ["csrc/shift_add.cu", "csrc/strips.cu"]
+HEADERS = ["csrc/lanes.h", "csrc/swconv.h"]
 
 NINJA = """\
 builddir = {build}
@@ -147,8 +148,8 @@ class BuildNative(build_ext):
                  f"-ffile-prefix-map={torch}=torch", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
         link = [f"-L{torch}/lib", "-ltorch_cpu"]
         objects = {BUILD / (Path(source).stem + ".o"): ("cxx", source, "") for source in CXX_SOURCES}
-        objects |= {BUILD / f"strips_{name}.o": ("cxx", STRIPS_SOURCE, f"-DSWCONV_CPU={name} {options}")
-                    for name, options in INSTRUCTIONS.items()}
+        objects |= {BUILD / f"{Path(source).stem}_{name}.o": ("cxx", source, f"-DSWCONV_CPU={name} {options}")
+                    for source in VECTOR_SOURCES for name, options in INSTRUCTIONS.items()}
         if cuda:
             flags.append("-DSWCONV_CUDA")
             link += [str(cuda["runtime"]), "-ldl", "-lrt", "-lpthread"]
@@ -193,7 +194,7 @@ class BuildNative(build_ext):
 
 if __name__ == "__main__":
     setup(
-        ext_modules=[Extension("swconv._C", [*CXX_SOURCES, CUDA_SOURCES[0]], depends=["csrc/swconv.h"], py_limited_api=True)],
+        ext_modules=[Extension("swconv._C", CXX_SOURCES + VECTOR_SOURCES + CUDA_SOURCES, depends=HEADERS, py_limited_api=True)],
         cmdclass={"build_ext": BuildNative},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )

@@ -81,6 +81,40 @@ auto with_type(const char* op, const Tensor& t, const Body& body) {
 
 Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
+// The best kernels for this processor, of those compiled for sets of vector instructions. SWCONV_CPU=portable, avx2 or avx512
+// asks for others, for tests and comparisons.
+template <class Kernels>
+Kernels best_kernels(Kernels (*portable)(), [[maybe_unused]] Kernels (*avx2)(), [[maybe_unused]] Kernels (*avx512)()) {
+  const char* asked = std::getenv("SWCONV_CPU");
+  const auto takes = [asked](const char* name) { return asked == nullptr || std::strcmp(asked, name) == 0; };
+#ifdef __x86_64__
+  __builtin_cpu_init();
+  if (takes("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
+    return avx512();
+  if (takes("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
+    return avx2();
+#endif
+  require(takes("portable"), "SWCONV_CPU needs to name instructions that this processor has, avx512, avx2 or portable, "
+          "got ", asked, ".");
+  return portable();
+}
+#ifdef __x86_64__
+#define SWCONV_BEST(kernels, T) best_kernels(kernels##_portable<T>, kernels##_avx2<T>, kernels##_avx512<T>)
+#else
+#define SWCONV_BEST(kernels, T) best_kernels<decltype(kernels##_portable<T>())>(kernels##_portable<T>, nullptr, nullptr)
+#endif
+template <class T>
+const swconv::StripKernels<T>& strip_kernels() {
+  static const auto kernels = SWCONV_BEST(swconv::strip_kernels, T);
+  return kernels;
+}
+template <class T>
+const swconv::AssembleKernels<T>& assemble_kernels() {
+  static const auto kernels = SWCONV_BEST(swconv::assemble_kernels, T);
+  return kernels;
+}
+
 constexpr int64_t kChannels = 16;  // that one thread takes at least, where a channel is little work
 
 // ---- two-step form -------------------------------------------------------------------------------------------------
@@ -257,7 +291,6 @@ Tensor shift_add_backward_cuda(const Tensor grad_h, const Tensor grad_v, const T
 swconv::AssembleSizes assemble_sizes(const char* op, const Tensor& mixing, int64_t branches, int64_t small) {
   require(mixing.dim() == 3 && mixing.size(1) == 2 * mixing.size(2) + 1, op, " needs mixing (R, 2 * n + 1, n), got ",
           shape(mixing), ".");
-  require(small <= swconv::kLargestFilter, op, " needs filters of at most ", swconv::kLargestFilter, " px, got ", small, ".");
   return {branches, mixing.size(0), mixing.size(2), small};
 }
 
@@ -279,11 +312,12 @@ Three assemble_cpu(const std::vector<Tensor> filters, const Tensor mixing) {
          c = torch::stable::new_empty(mix, {s.channels, 1, small, small});
   with_type(op, mixing, [&](auto zero) {
     using T = decltype(zero);
+    const auto& kernels = assemble_kernels<T>();
     std::vector<const T*> branches;
     for (const Tensor& branch : from) branches.push_back(branch.const_data_ptr<T>());
     T *to_h = h.mutable_data_ptr<T>(), *to_v = v.mutable_data_ptr<T>(), *to_c = c.mutable_data_ptr<T>();
     parallel_for(0, s.channels, kChannels, [&](int64_t begin, int64_t end) {
-      swconv::assemble_cpu(s, branches.data(), mix.const_data_ptr<T>(), to_h, to_v, to_c, begin, end);
+      kernels.assemble(s, branches.data(), mix.const_data_ptr<T>(), to_h, to_v, to_c, begin, end);
     });
   });
   return {h, v, c};
@@ -302,10 +336,11 @@ Tensor assemble_backward_cpu(const Tensor grad_h, const Tensor grad_v, const Ten
   Tensor out = torch::stable::new_empty(mix, {s.channels * s.taps, 1, small, small});
   with_type(op, mixing, [&](auto zero) {
     using T = decltype(zero);
+    const auto& kernels = assemble_kernels<T>();
     T* to = out.mutable_data_ptr<T>();
     parallel_for(0, s.channels, kChannels, [&](int64_t begin, int64_t end) {
-      swconv::assemble_backward_cpu(s, h.const_data_ptr<T>(), v.const_data_ptr<T>(), c.const_data_ptr<T>(),
-                                    mix.const_data_ptr<T>(), to, begin, end);
+      kernels.adjoint(s, h.const_data_ptr<T>(), v.const_data_ptr<T>(), c.const_data_ptr<T>(), mix.const_data_ptr<T>(), to,
+                      begin, end);
     });
   });
   return out;
@@ -343,27 +378,6 @@ void require_grads(const char* op, const Tensor& x, std::initializer_list<const 
                    const swconv::StripSizes& s) {
   require_alike(op, x, grads);
   for (const Tensor* grad : grads) require_shape(op, "gradients", *grad, {s.images, s.channels, s.height, s.width});
-}
-
-// The best kernels for this processor. SWCONV_CPU=portable, avx2 or avx512 asks for others, for tests and comparisons.
-template <class T>
-const swconv::StripKernels<T>& strip_kernels() {
-  static const swconv::StripKernels<T> kernels = [] {
-    const char* asked = std::getenv("SWCONV_CPU");
-    const auto takes = [asked](const char* name) { return asked == nullptr || std::strcmp(asked, name) == 0; };
-#ifdef __x86_64__
-    __builtin_cpu_init();
-    if (takes("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
-      return swconv::strip_kernels_avx512<T>();
-    if (takes("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
-      return swconv::strip_kernels_avx2<T>();
-#endif
-    require(takes("portable"), "SWCONV_CPU needs to name instructions that this processor has, avx512, avx2 or portable, "
-            "got ", asked, ".");
-    return swconv::strip_kernels_portable<T>();
-  }();
-  return kernels;
 }
 
 // x laid out densely and, where it already is, as it is: channels_last, else contiguous. Results have its layout.

@@ -6,75 +6,23 @@
 // Vector lanes are channels. A block of channels of one image is copied to a plane with one vector per pixel and a zero
 // margin; there the horizontal and the vertical strip are one routine with the two strides exchanged, taps and pixels
 // outside the map cost nothing, and an image's result does not depend on its neighbours.
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
 #include <iterator>
-#include <new>
 #include <type_traits>
 #include <utility>
 
+#include "lanes.h"
 #include "swconv.h"
-
-#define SWCONV_JOIN(a, b) a##b
-#define SWCONV_NAMED(a, b) SWCONV_JOIN(a, b)
-#define SWCONV_INLINED __attribute__((always_inline))
-#define SWCONV_INLINE inline SWCONV_INLINED
 
 namespace swconv {
 namespace {
 
 // kRows x kColumns pixels of a tile at most; kSums sums of it stay in registers.
-#if defined(__AVX512F__)
-constexpr int kBytes = 64, kSums = 24;
-#elif defined(__AVX__)
-constexpr int kBytes = 32, kSums = 12;
-#else
-constexpr int kBytes = 16, kSums = 12;
-#endif
+constexpr int kSums = kBytes == 64 ? 24 : 12;
 constexpr int kRows = 7, kColumns = 4;
 constexpr int kTaps = 4, kAcross = 3;       // sums of a tile of the weight gradient
 constexpr int kQuadTaps = 8, kOutputs = 4;  // in quads: sums of a tile, and gradients beside them
 constexpr int kQuad = 4, kFactors = 6;      // neighbours that are computed at once, and what they are computed from
 constexpr int kQuadsFrom = 10;              // taps that a strip needs for quads to pay
-
-template <class T>
-struct Lanes {
-  typedef T vector __attribute__((vector_size(kBytes)));
-  static constexpr int count = kBytes / sizeof(T);
-};
-template <class T>
-using vector_t = typename Lanes<T>::vector;
-
-template <class T>
-SWCONV_INLINE vector_t<T> load(const T* from) {
-  vector_t<T> v;
-  __builtin_memcpy(&v, from, sizeof(v));
-  return v;
-}
-template <class T>
-SWCONV_INLINE void save(T* to, const vector_t<T>& v) {
-  __builtin_memcpy(to, &v, sizeof(v));
-}
-
-SWCONV_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-SWCONV_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-
-template <class T>
-struct Memory {
-  size_t bytes;
-  T* data;
-
-  explicit Memory(int64_t count)
-      : bytes((static_cast<size_t>(most(count, 1)) * sizeof(T) + 63) / 64 * 64),
-        data(static_cast<T*>(std::aligned_alloc(64, bytes))) {
-    if (data == nullptr) throw std::bad_alloc();
-    clear();
-  }
-  void clear() { std::memset(static_cast<void*>(data), 0, bytes); }
-  Memory(const Memory&) = delete;
-  ~Memory() { std::free(data); }
-};
 
 // ---- between a tensor's layout and one vector per pixel
 

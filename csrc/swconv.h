@@ -46,18 +46,26 @@ const char* shift_add_backward_cuda(const ShiftSizes& s, const float* grad_h, co
 // Filters into their slots: weight space, so of no image. filters: `branches` tensors (R*n, 1, N, N), which are summed;
 // mixing (R, 2n+1, n), mostly zeros. slots[r,s] = sum_k mixing[r,s,k] filters[r*n+k] (N, N); the first n lie side by side
 // in kernel_h (R, 1, N, n*N), the next n one below the other in kernel_v (R, 1, n*N, N), the last is kernel_c (R, 1, N, N).
-constexpr int64_t kLargestFilter = 31;
 struct AssembleSizes {
   int64_t branches, channels, taps, small;
 };
 
-// Channels begin <= r < end; and the adjoint, the gradient of each branch's filters alike.
+// On the CPU, with one set of vector instructions: channels begin <= r < end; and the adjoint, the gradient of each branch's
+// filters alike.
 template <class T>
-void assemble_cpu(const AssembleSizes& s, const T* const* filters, const T* mixing, T* kernel_h, T* kernel_v, T* kernel_c,
-                  int64_t begin, int64_t end);
+struct AssembleKernels {
+  void (*assemble)(const AssembleSizes& s, const T* const* filters, const T* mixing, T* kernel_h, T* kernel_v, T* kernel_c,
+                   int64_t begin, int64_t end);
+  void (*adjoint)(const AssembleSizes& s, const T* grad_h, const T* grad_v, const T* grad_c, const T* mixing,
+                  T* grad_filters, int64_t begin, int64_t end);
+};
+
 template <class T>
-void assemble_backward_cpu(const AssembleSizes& s, const T* grad_h, const T* grad_v, const T* grad_c, const T* mixing,
-                           T* grad_filters, int64_t begin, int64_t end);
+AssembleKernels<T> assemble_kernels_portable();
+template <class T>
+AssembleKernels<T> assemble_kernels_avx2();
+template <class T>
+AssembleKernels<T> assemble_kernels_avx512();
 
 // Strip form. x (B, R, H, W); kernel_h (R, 1, N, L); kernel_v (R, 1, L, N); kernel_c (R, 1, S, S), S odd. An anchor is
 // the tap along the long side that lies on the output pixel:

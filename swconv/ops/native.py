@@ -12,7 +12,9 @@ import hashlib
 import logging
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from torch import Tensor
 LIBRARY = Path(__file__).resolve().parents[1] / "_C.abi3.so"
 
 _loading = threading.Lock()
+_gradients: dict[str, Callable] = {}     # an operator by an autograd Function
 _log = logging.getLogger(__name__)
 
 
@@ -44,6 +47,20 @@ def strip_engine(x: Tensor) -> str:
     if not x.is_meta:
         _say(name, x.device.type, str(x.dtype))
     return name
+
+
+def call(op: str, *arguments: Any) -> Any:
+    """`torch.ops.swconv.<op>`; where no compiler traces the call, straight to its kernel or its autograd Function.
+
+    torch.library's way to a gradient, through Python for every call and pytrees for lists, takes half of a call on small maps.
+    """
+    function = getattr(torch.ops.swconv, op).default
+    if torch.compiler.is_compiling():
+        return function(*arguments)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+        return _gradients[op](*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return function(*arguments)
 
 
 def layout(x: Tensor) -> torch.memory_format:
@@ -152,6 +169,10 @@ def _load() -> bool:
     return True
 
 
+def _as_is(*values: Any) -> tuple[Any, ...]:
+    return values
+
+
 def _register() -> None:
     for op in ("shift_add", "shift_add_atomic"):
         torch.library.register_fake(f"swconv::{op}", _fake_shift_add)
@@ -159,11 +180,36 @@ def _register() -> None:
     torch.library.register_fake("swconv::shift_add_backward", _fake_shift_add_backward)
     torch.library.register_fake("swconv::assemble", _fake_assemble)
     torch.library.register_fake("swconv::assemble_backward", _fake_assemble_backward)
-    torch.library.register_autograd("swconv::assemble", _assemble_backward, setup_context=_save_assemble)
+    _differentiable("assemble", _assemble_backward, _save_assemble, lambda filters, mixing: (mixing, *filters),
+                    lambda mixing, *filters: (list(filters), mixing))
     torch.library.register_fake("swconv::strip_branches", _fake_strip_branches)
     torch.library.register_fake("swconv::strip_mix", _fake_strip_mix)
     torch.library.register_fake("swconv::strip_branches_backward", _fake_strip_branches_backward)
     _register_strip_gradients("strip")
+
+
+def _differentiable(op: str, backward: Callable, save: Callable, flat: Callable = _as_is, nested: Callable = _as_is) -> None:
+    """Register an operator's gradient with torch.library, and as a Function for `call`.
+
+    A Function sees the gradients of Tensors only: `flat` takes them out of the operator's lists, `nested` puts them back.
+    """
+    torch.library.register_autograd(f"swconv::{op}", backward, setup_context=save)
+    function = getattr(torch.ops.swconv, op).default
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            inputs = nested(*inputs)
+            with torch._C._AutoDispatchBelowAutograd():
+                output = function(*inputs)
+            save(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return flat(*backward(ctx, *grads))
+
+    _gradients[op] = lambda *arguments: Differentiable.apply(*flat(*arguments))
 
 
 # ---- two-step form
@@ -256,9 +302,8 @@ def _register_strip_gradients(engine: str) -> None:
         grads = adjoint(grad, grad, grad, *ctx.saved_tensors, ctx.anchor_h, ctx.anchor_v)
         return *grads, grad.sum((0, 2, 3)) if ctx.with_bias else None, None, None
 
-    register = torch.library.register_autograd
-    register(f"swconv::{engine}_branches", branches_backward, setup_context=_save_strip_branches)
-    register(f"swconv::{engine}_mix", mix_backward, setup_context=_save_strip_mix)
+    _differentiable(f"{engine}_branches", branches_backward, _save_strip_branches)
+    _differentiable(f"{engine}_mix", mix_backward, _save_strip_mix)
 
 
 def _save_strip_mix(ctx, inputs, output):

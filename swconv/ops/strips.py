@@ -41,7 +41,7 @@ def assemble(filters: Tensor | Sequence[Tensor], mixing: Tensor) -> tuple[Tensor
             f"{', '.join(str(tuple(branch.shape)) for branch in branches)}. Were both made for the same layer?"
         )
     if native.handles(branches[0], "assemble") and mixing.dtype == branches[0].dtype:
-        return torch.ops.swconv.assemble(branches, mixing)
+        return native.call("assemble", branches, mixing)
     return assemble_ref(sum(branches), mixing)
 
 
@@ -88,9 +88,9 @@ def strip_branches(
     x, *kernels = _operands(x, kernel_h, kernel_v, kernel_c)
     match native.strip_engine(x):
         case "compiled":
-            parts = torch.ops.swconv.strip_branches.default(x, *kernels, *anchors)
+            parts = native.call("strip_branches", x, *kernels, *anchors)
         case "toeplitz":
-            parts = torch.ops.swconv.toeplitz_branches.default(x, *kernels, *anchors)
+            parts = native.call("toeplitz_branches", x, *kernels, *anchors)
         case _:
             parts = strip_branches_ref(x, *kernels, *anchors)
     h, v, i = (native.relaid(part, layout) for part in parts)
@@ -113,9 +113,9 @@ def strip_mix(
     bias = bias if bias is None else bias.to(x.dtype)
     match native.strip_engine(x):
         case "compiled":
-            y = torch.ops.swconv.strip_mix.default(x, *kernels, bias, *anchors)
+            y = native.call("strip_mix", x, *kernels, bias, *anchors)
         case "toeplitz":
-            y = torch.ops.swconv.toeplitz_mix.default(x, *kernels, bias, *anchors)
+            y = native.call("toeplitz_mix", x, *kernels, bias, *anchors)
         case _:
             y = sum(strip_branches_ref(x, *kernels, *anchors))
             y = y if bias is None else y + bias[:, None, None]

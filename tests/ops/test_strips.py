@@ -8,6 +8,7 @@ from swconv.ops import (
     assemble,
     assemble_ref,
     half_border,
+    native,
     shift_add_ref,
     strip_branches,
     strip_branches_ref,
@@ -119,3 +120,33 @@ def test_filters_of_another_layer_are_refused():
     mixing = ShiftTables.draw(4, 5, 2).mixing()
     with pytest.raises(ValueError, match=r"R \* n = 4 \* 5 as in mixing, got \(20, 1, 3, 3\), \(15, 1, 3, 3\)"):
         assemble([torch.zeros(20, 1, 3, 3), torch.zeros(15, 1, 3, 3)], mixing)
+
+
+def plus_of(x, filters, mixing):
+    """From x and the filters, as a layer does."""
+    return torch.stack(strip_branches(x, *assemble(filters, mixing), 7, 7))
+
+
+def test_gradients_are_the_same_by_either_way_through_autograd(monkeypatch):
+    torch.manual_seed(0)
+    mixing = ShiftTables.draw(4, 5, 2).mixing()
+    leaves = [torch.randn(shape, requires_grad=True) for shape in ((2, 4, 9, 8), (20, 1, 3, 3), (20, 1, 3, 3))]
+    bias = torch.randn(4, requires_grad=True)
+
+    def loss(x, *filters):
+        kernels = assemble(list(filters), mixing)
+        return plus_of(x, list(filters), mixing).square().sum() + strip_mix(x, *kernels, bias, 7, 7).square().sum()
+
+    by_function = torch.autograd.grad(loss(*leaves), [*leaves, bias])
+    monkeypatch.setattr(native, "call", lambda op, *arguments: getattr(torch.ops.swconv, op)(*arguments))
+    by_library = torch.autograd.grad(loss(*leaves), [*leaves, bias])
+    assert all(torch.equal(a, b) for a, b in zip(by_function, by_library, strict=True))
+
+
+def test_nothing_is_kept_for_a_gradient_that_nobody_asks_for():
+    mixing, filters, x = ShiftTables.draw(4, 5, 2).mixing(), torch.randn(20, 1, 3, 3), torch.randn(1, 4, 9, 9)
+    assert not plus_of(x, filters, mixing).requires_grad
+    filters.requires_grad_()
+    assert plus_of(x, filters, mixing).requires_grad
+    with torch.no_grad():
+        assert not plus_of(x, filters, mixing).requires_grad

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import timm
@@ -23,17 +23,17 @@ Sums = Callable[[ShiftwiseConv2d, Tensor], Three]
 
 
 def two_step(layer: ShiftwiseConv2d, x: Tensor) -> Three:
-    """As published: one convolution with n outputs per channel, then shift and add; with atomic additions on the GPU."""
+    """As published: every Rep branch convolves, with n outputs per channel; their maps are summed, then shifted and added."""
+    return _shifted(layer, reduce(torch.add, (_maps(layer, x, weight) for weight in layer.filters)))
+
+
+def two_step_summed(layer: ShiftwiseConv2d, x: Tensor) -> Three:
+    """`two_step` with its Rep branches summed before the convolution, which the published code does for inference only."""
     return _shifted(layer, _maps(layer, x))
 
 
-def two_step_branches(layer: ShiftwiseConv2d, x: Tensor) -> Three:
-    """`two_step` as it is trained: every Rep branch convolves, and their maps are summed."""
-    return _shifted(layer, sum(_maps(layer, x, weight) for weight in layer.filters))
-
-
 def two_step_gather(layer: ShiftwiseConv2d, x: Tensor) -> Three:
-    """As published, but every output gathers what it adds: no atomic additions."""
+    """`two_step_summed`, but every output gathers what it adds: no atomic additions."""
     return layer.shift(_maps(layer, x))
 
 
@@ -65,8 +65,8 @@ def _maps(layer: ShiftwiseConv2d, x: Tensor, weight: Tensor | None = None) -> Te
 
 def sums(cuda: bool, precision: str = "float32") -> dict[str, Sums]:
     """All forms of the operator, ours first. The two-step forms are those of float32, as published."""
-    forms = {"ours": ShiftwiseConv2d.branches, "two_step": two_step, "two_step_gather": two_step_gather,
-             "two_step_taps": two_step_taps, "torch_strips": torch_strips}
+    forms = {"ours": ShiftwiseConv2d.branches, "two_step": two_step, "two_step_summed": two_step_summed,
+             "two_step_gather": two_step_gather, "two_step_taps": two_step_taps, "torch_strips": torch_strips}
     if not cuda:                                                      # there the published form gathers already
         del forms["two_step_gather"]
     return {name: form for name, form in forms.items() if precision == "float32" or not name.startswith("two_step")}
@@ -256,7 +256,7 @@ def training_form(model: nn.Module, form: str) -> nn.Module:
     """
     def published(layer: ShiftwiseConv2d, x: Tensor) -> Three:
         with torch.autocast(x.device.type, enabled=False):
-            return two_step_branches(layer, x.to(layer.filters[0].dtype))
+            return two_step(layer, x.to(layer.filters[0].dtype))
 
     if form == "two_step":
         for layer in model.modules():

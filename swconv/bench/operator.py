@@ -38,8 +38,9 @@ class Part:
     Attributes
     ----------
     kind : str
-        In every stage: "operator", forward, training and memory; "counts", E and Rep; "launches", what the CPU takes for a
-        call on a GPU. "network": SW-tiny with the largest batch; "small batches": with the others.
+        In every stage: "operator", forward, training and memory; "ordinary", forward and training before the process is told
+        to keep freed memory, so first; "counts", E and Rep; "launches", what the CPU takes for a call on a GPU. "network":
+        SW-tiny with the largest batch; "small batches": with the others.
     names : tuple of str
         The contenders of an "operator"; none stands for all.
     """
@@ -92,10 +93,13 @@ class Plan:
 
 
 CPU = Plan(
-    stages=SW_TINY, parts=tuple(Part(kind, "float32") for kind in ("operator", "counts", "network", "small batches")),
+    stages=SW_TINY, parts=(
+        Part("ordinary", "float32", ("ours", "two_step")),
+        *(Part(kind, "float32") for kind in ("operator", "counts", "network", "small batches")),
+    ),
     threads=(1, 2), precisions=("float32",), deciding=("float32",), pool=2**27, network={}, image=224,
     batches=(1, 8), product=2048, copied=2**28,
-    forward=Pace(9, 9), training=Pace(18, 7, probes=2), counts=Pace(8, 15), whole=Pace(20, 5, probes=2),
+    forward=Pace(6, 9), training=Pace(14, 7, probes=2), counts=Pace(6, 15), whole=Pace(16, 5, probes=2),
 )
 CUDA = replace(                                                       # what decides first: a GPU is lent for minutes
     CPU, stages=tuple(replace(stage, batch=128) for stage in SW_TINY), threads=(1,), precisions=("float32", "tf32", "bfloat16"),
@@ -105,7 +109,8 @@ CUDA = replace(                                                       # what dec
         Part("network", "float32"), Part("network", "bfloat16"), Part("counts", "float32"), Part("counts", "bfloat16"),
         Part("launches", "float32"), Part("launches", "bfloat16"),
         Part("operator", "tf32", ("ours", "slak_pair")),
-        Part("operator", "float32", ("ours_layer", "two_step_layer", "two_step_gather", "depthwise13", "depthwise7")),
+        Part("operator", "float32", ("ours_layer", "two_step_layer", "two_step_summed", "two_step_gather", "depthwise13",
+                                     "depthwise7")),
         Part("operator", "bfloat16", ("ours_layer", "torch_strips", "depthwise13", "depthwise7")),
         Part("small batches", "float32"), Part("small batches", "bfloat16"),
         Part("operator", "tf32", ("ours_layer", "torch_strips", "depthwise13", "depthwise7")),
@@ -149,7 +154,6 @@ def measure(plan: Plan, device: torch.device) -> Iterator[dict[str, Any]]:
     `unfinished`.
     """
     start = time.perf_counter()
-    keep_freed_memory()
     with in_precision("float32"):
         told = circumstances("operator", device, "swconv.bench.operator", plan=asdict(plan), tolerance=TOLERANCE)
     steps = _steps(plan, device)
@@ -157,8 +161,10 @@ def measure(plan: Plan, device: torch.device) -> Iterator[dict[str, Any]]:
     bar.step("what the machine can do")
     told["ceilings"] = timing.ceilings(plan.threads, plan.product, plan.copied, 4, device, plan.precisions)
     rows = {name: [] for name in ("errors", "times", "memory", "launches")}
-    for number, (title, precision, work_) in enumerate(steps, start=1):
+    for number, (title, precision, ordinary, work_) in enumerate(steps, start=1):
         bar.step(title)
+        if not ordinary:
+            keep_freed_memory()
         with in_precision(precision):
             for name, found in work_().items():
                 rows[name] += found
@@ -167,19 +173,20 @@ def measure(plan: Plan, device: torch.device) -> Iterator[dict[str, Any]]:
     bar.close()
 
 
-def _steps(plan: Plan, device: torch.device) -> list[tuple[str, str, Callable[[], Found]]]:
-    """Title, precision and work of every step, in the plan's order."""
+def _steps(plan: Plan, device: torch.device) -> list[tuple[str, str, bool, Callable[[], Found]]]:
+    """Title, precision, whether the process is an ordinary one, and work of every step, in the plan's order."""
     made = cache(partial(_networks, plan, device=device))             # by precision
     steps = []
     for part in plan.parts:
         if part.kind in ("network", "small batches"):
             batches = plan.batches[-1:] if part.kind == "network" else plan.batches[:-1]
-            steps += [(f"network, batch {batch}, {part.precision}", part.precision,
+            steps += [(f"network, batch {batch}, {part.precision}", part.precision, False,
                        partial(_network, plan, part.precision, batch, made, device)) for batch in batches]
         else:
-            work_, what = {"operator": (_operator, ", ".join(part.names) or "all forms"), "counts": (_counts, "E and Rep"),
-                           "launches": (_launches, "launches")}[part.kind]
-            steps += [(f"stage {stage.number}, {part.precision}: {what}", part.precision,
+            forms_ = ", ".join(part.names) or "all forms"
+            work_, what = {"operator": (_operator, forms_), "ordinary": (_ordinary, f"{forms_}, in an ordinary process"),
+                           "counts": (_counts, "E and Rep"), "launches": (_launches, "launches")}[part.kind]
+            steps += [(f"stage {stage.number}, {part.precision}: {what}", part.precision, part.kind == "ordinary",
                        partial(work_, plan, part, stage, device)) for stage in plan.stages]
     return steps
 
@@ -193,6 +200,16 @@ def _operator(plan: Plan, part: Part, stage: Stage, device: torch.device) -> Fou
     steps, contenders = _training(stage, name, layer, pools, part.has)
     rows = compare(contenders, plan.threads, plan.training, cuda, graphs=True)
     return {"errors": errors, "times": times + rows, "memory": _memory(stage, name, rows, steps, pools)}
+
+
+def _ordinary(plan: Plan, part: Part, stage: Stage, device: torch.device) -> Found:
+    """Forward and training as `_operator` times them, without the errors and the memory, which it tells."""
+    cuda, name = device.type == "cuda", part.precision
+    layer, pools = forms.make_layer(stage, device), _pools(plan, part, stage, device)
+    _verified(stage, name, layer, pools, part.has)
+    times = compare(_forward(stage, name, layer, pools, part.has), plan.threads, plan.forward, cuda, graphs=True)
+    times += compare(_training(stage, name, layer, pools, part.has)[1], plan.threads, plan.forward, cuda, graphs=True)
+    return {"times": [row | {"cell": f"ordinary {row['cell']}"} for row in times]}
 
 
 # ---- inputs and calls
@@ -338,7 +355,7 @@ def _forward(
         Contender({"cell": "forward", "stage": stage.number, "precision": precision, "contender": name} | least,
                   {_variant(layout, way): Turn(partial(_forward_of, function), pools[layout])
                    for way, function in ways.items() for layout in forms.layouts(name, cuda, precision)})
-        for name, (ways, least) in known.items() if has(name)
+        for name, (ways, least) in known.items() if has(name) and name != "two_step_summed"      # which is `two_step` there
     ]
 
 
@@ -380,7 +397,7 @@ def _memory(
 
 
 def _counts(plan: Plan, part: Part, stage: Stage, device: torch.device) -> Found:
-    """Ours with several E and Rep, in evaluation and in training, verified on one image."""
+    """Ours with several E and Rep, in evaluation and in training, verified on one image; all in one memory format."""
     cuda, precision, pools = device.type == "cuda", part.precision, _pools(plan, part, stage, device)
     errors, contenders = [], []
     one = {layout: [(x[:1].detach().requires_grad_(), *(g[:1] for g in gradients))]
@@ -393,7 +410,7 @@ def _counts(plan: Plan, part: Part, stage: Stage, device: torch.device) -> Found
                  "training": partial(_training_of, layer.branches, list(layer.filters))}
         contenders += [
             Contender({"cell": "counts", "stage": stage.number, "precision": precision, "mode": mode} | labels,
-                      {layout: Turn(call, pool) for layout, pool in pools.items()})
+                      {"contiguous": Turn(call, pools["contiguous"])})
             for mode, call in calls.items()
         ]
     return {"errors": errors, "times": compare(contenders, plan.threads[-1:], plan.counts, cuda, graphs=True)}
@@ -435,7 +452,8 @@ def _networks(plan: Plan, precision: str, device: torch.device) -> tuple[dict[st
     model, cuda, allowed = forms.make_network(device, **plan.network), device.type == "cuda", TOLERANCE["network"][precision]
     networks = {"ours": timm.utils.reparameterize_model(model)}
     networks |= {name: forms.two_step_network(model, form)
-                 for name, form in forms.sums(cuda, precision).items() if "two_step" in name}
+                 for name, form in forms.sums(cuda, precision).items()
+                 if "two_step" in name and name != "two_step_summed"}
     image, errors = _images(plan, 1, device), []
     with torch.no_grad():
         wanted = forms.two_step_network(model, forms.reference).double()(image.double())

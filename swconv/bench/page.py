@@ -11,7 +11,8 @@ from swconv.bench.circumstances import stopped
 NAMES = {
     "ours": "**ours**, strips",
     "two_step": "(a) two-step as published",
-    "two_step_gather": "(a) without atomic additions",
+    "two_step_summed": "(a) with its Rep branches summed first",
+    "two_step_gather": "(a) with its Rep branches summed first, without atomic additions",
     "two_step_taps": "(b) two-step, one depthwise convolution per tap",
     "torch_strips": "(c) strips in plain torch",
     "depthwise13": "(d) depthwise 13x13",
@@ -153,11 +154,13 @@ MEMORY_TARGETS = (
 TARGETS = {
     "cpu": (
         Target("forward: (a) two-step as published / ours", lambda f: f.gain("forward", "two_step"), 20, 35),
+        Target("the same in an ordinary process", lambda f: f.gain("ordinary forward", "two_step"), 20, 35),
         Target("forward: (b) best composable two-step / ours", lambda f: f.gain("forward", "two_step_taps"), 9),
         Target("forward: ours / (d) depthwise 13x13", lambda f: 1 / f.gain("forward", "depthwise13"), 1.2, 0.8, most=True),
         Target("forward: (e) SLaK's pair / ours, least of stages 1-3",
                lambda f: f.least_gain("forward", "slak_pair", 3), 2.5),
         Target("forward + backward: (a) / ours", lambda f: f.gain("training", "two_step"), 15, 40),
+        Target("the same in an ordinary process", lambda f: f.gain("ordinary training", "two_step"), 15, 40),
         *_counts_targets("float32"), *MEMORY_TARGETS,
         Target("forward: time with one thread / two", lambda f: f.speedup("forward"), 1.7),
         Target("forward + backward: time with one thread / two", lambda f: f.speedup("training"), 1.7),
@@ -244,7 +247,8 @@ def _sum(figures: Figures) -> str:
         return [text, _number(time), _number(time / ours), floor,
                 *(text for ms in slower for text in (_number(ms), _number(ms / time)))]
 
-    for cell, title in MODES.items():
+    ordinary = {f"ordinary {cell}": f"{title}, in an ordinary process" for cell, title in MODES.items()}
+    for cell, title in (MODES | ordinary).items():
         more = [text for n in few for text in (f"ms, {_threads(n)}", "speed-up")]
         parts.append(_table([title, "ms", "/ ours", "/ floor", *more], _known(line, _contenders(figures, cell))))
     return _section(*parts)
@@ -338,6 +342,8 @@ def _method(record: Mapping[str, Any]) -> str:
     formats = ("the memory format that was faster in a first probe, of those that it took part in" if cuda else
                "the memory format, contiguous or channels_last, that was faster in a first probe; (d) and (e) also with the "
                "padding, inside the\nconvolution or before it, that was")
+    ordinary = "" if cuda else (", which spares the large maps of the two-step form\nmost; an ordinary process is one that was "
+                                "not told so")
     graphs = ("\n\nThe operator was timed as CUDA graphs, each with a call for every set of inputs: launches by the CPU, which "
               "would hide the kernels, are told apart. Ours ran in both memory formats, as did (d) 7x7 in bfloat16, all else "
               "contiguous only, for which torch has depthwise kernels of its own; of both formats one that took more than "
@@ -352,7 +358,7 @@ Before any timing every form was held against its definition in float64, on a fe
 relative error of outputs, sums and gradients was {'; '.join(told)}. The convolutions of (d) and (e) are torch's own.
 
 In every round each contender ran once, in an order drawn anew, short calls several times; times are medians over the rounds.
-Memory that was freed stays with the process, as in training (swconv/training/memory.py).
+Memory that was freed stays with the process, as in training (swconv/training/memory.py){ordinary}.
 Inputs and gradients were taken in turn from {plan['pool'] / 2**20:g} MiB (of float32) per memory format. Each contender ran in
 {formats}.{ratios}{graphs}
 
@@ -360,8 +366,9 @@ Forward is what inference does: from x to the sum of three norms and the skip. O
 kernels; (a) and (b) have their Rep branches summed, convolve with every filter, shift, add, and apply the norms.
 
 Forward + backward is from x and the filters (two Rep branches, four edges) to the three sums, and from their gradients back to
-both. The norms, which all forms share, are left out; the two lines with norms and skip have them, with statistics of the
-batch: what one layer costs in training.
+both. As published every Rep branch of (a) convolves, and the branches' maps are summed: so do (a) and its line with norms and
+skip; the other two-step forms sum the branches' filters first. The norms, which all forms share, are left out; the two lines
+with norms and skip have them, with statistics of the batch: what one layer costs in training.
 
 The floor of a form is the larger of its multiplications that hit the map, at the speed of the product above, and of the bytes
 that it has to read and write once, at that of the copy. All forms of the operator share one floor, that of the plus-shaped

@@ -20,7 +20,7 @@ def draw(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("form", ["ours", "two_step", "two_step_gather", "two_step_taps", "torch_strips"])
+@pytest.mark.parametrize("form", ["ours", "two_step", "two_step_summed", "two_step_gather", "two_step_taps", "torch_strips"])
 def test_a_form_gives_the_sums_and_the_layer_of_the_definition(form):
     layer, x = forms.make_layer(STAGE, CPU).double(), draw(2, 4, 12, 12)
     wanted = forms.reference(layer, x)
@@ -28,6 +28,15 @@ def test_a_form_gives_the_sums_and_the_layer_of_the_definition(form):
         assert relative(got, sum_) < 1e-12
     assert relative(forms.deployed(layer, cuda=True)[form](x), forms.mixed(layer, wanted, x)) < 1e-12
     assert relative(layer(x), forms.mixed(layer, wanted, x)) < 1e-12
+
+
+def test_as_published_every_rep_branch_convolves(monkeypatch):
+    layer, x, convolved, maps = forms.make_layer(STAGE, CPU).double(), draw(2, 4, 12, 12), [], forms._maps
+    monkeypatch.setattr(forms, "_maps", lambda layer, x, *weight: convolved.append(weight) or maps(layer, x, *weight))
+    forms.two_step(layer, x)
+    assert [weight for (weight,) in convolved] == list(layer.filters)
+    forms.two_step_summed(layer, x)
+    assert convolved[len(layer.filters):] == [()]
 
 
 @pytest.mark.parametrize("form", [forms.reference, forms.two_step, forms.two_step_taps])

@@ -24,10 +24,11 @@ def test_a_quick_run_is_short_and_writes_json_and_the_page_made_of_it(tmp_path):
     assert (tmp_path / "bench/operator-cpu-quick.md").read_text() == page.render(found)
     assert found["seconds"] < 30
     assert found["quick"] is True
-    assert {row["cell"] for row in found["times"]} == {"forward", "training", "counts", "network"}
+    assert {row["cell"] for row in found["times"]} == {"ordinary forward", "ordinary training", "forward", "training",
+                                                         "counts", "network"}
     assert all(0 < row["q1_ms"] <= row["median_ms"] <= row["q3_ms"] for row in found["times"])
-    assert {row["contender"] for row in found["errors"]} == {"ours", "two_step", "two_step_taps", "torch_strips", "depthwise13",
-                                                             "depthwise7", "slak_pair"}
+    assert {row["contender"] for row in found["errors"]} == {"ours", "two_step", "two_step_summed", "two_step_taps",
+                                                             "torch_strips", "depthwise13", "depthwise7", "slak_pair"}
     assert {row["launched"] for row in found["times"]} == {"eager"}
     assert max(row["error"] for row in found["errors"]) < 1e-5
 
@@ -62,7 +63,7 @@ def test_a_stop_leaves_what_was_measured_and_a_page_that_says_so(tmp_path, capsy
     assert main([*QUICK, str(tmp_path)]) == 1
     assert capsys.readouterr().err.endswith("no more\n")
     found = json.loads((tmp_path / "operator-cpu-quick.json").read_text())
-    assert {row["cell"] for row in found["times"]} == {"forward", "training"}
+    assert {row["cell"] for row in found["times"]} == {"ordinary forward", "ordinary training", "forward", "training"}
     assert found["unfinished"] == ["stage 1, float32: E and Rep", "stage 2, float32: E and Rep", "network, batch 2, float32",
                                    "network, batch 1, float32"]
     text = (tmp_path / "operator-cpu-quick.md").read_text()
@@ -112,6 +113,7 @@ def test_a_wrong_result_stops_the_run_before_any_timing(tmp_path, capsys, monkey
     right = getattr(forms, form)
     monkeypatch.setattr(forms, form, lambda layer, x: tuple(1.1 * part for part in right(layer, x)))
     monkeypatch.setattr(operator, "compare", None)
+    monkeypatch.setattr(operator, "CPU", replace(operator.CPU, parts=operator.CPU.parts[1:]))   # the first has other forms
     assert main([*QUICK, str(tmp_path)]) == 1
     told = capsys.readouterr().err.splitlines()[-1]
     assert f"of the form '{form}' in stage 1 (contiguous, float32) is off by" in told

@@ -37,7 +37,7 @@ INSTRUCTIONS = {
     **({"avx2": f"-march=x86-64-v3 {SCARCE}", "avx512": "-march=x86-64-v4 -mprefer-vector-width=512"}
        if platform.machine() == "x86_64" else {}),
 }
-CUDA_SOURCES = ["csrc/shift_add.cu", "csrc/strips.cu"]
+CUDA_SOURCES = ["csrc/shift_add.cu", "csrc/assemble.cu", "csrc/strips.cu"]
 
 NINJA = """\
 builddir = {build}
@@ -193,7 +193,7 @@ class BuildNative(build_ext):
 
 if __name__ == "__main__":
     setup(
-        ext_modules=[Extension("swconv._C", [*CXX_SOURCES, CUDA_SOURCES[0]], depends=["csrc/swconv.h"], py_limited_api=True)],
+        ext_modules=[Extension("swconv._C", [*CXX_SOURCES, CUDA_SOURCES[0]], depends=["csrc/swconv.h", "csrc/device.h"], py_limited_api=True)],
         cmdclass={"build_ext": BuildNative},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )

@@ -193,7 +193,8 @@ class BuildNative(build_ext):
 
 if __name__ == "__main__":
     setup(
-        ext_modules=[Extension("swconv._C", [*CXX_SOURCES, CUDA_SOURCES[0]], depends=["csrc/swconv.h", "csrc/device.h"], py_limited_api=True)],
+        ext_modules=[Extension("swconv._C", [*CXX_SOURCES, CUDA_SOURCES[0]], depends=["csrc/swconv.h", "csrc/device.h"],
+                               py_limited_api=True)],
         cmdclass={"build_ext": BuildNative},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )

@@ -188,6 +188,22 @@ def test_autocast_computes_strips_in_half_precision_and_leaves_weights_in_float3
         assert relative(a, b.detach().double().cpu()) < 2e-2
 
 
+@pytest.mark.parametrize("case", ["stage 1", "stage 4", "unequal strips"])
+def test_under_autocast_gradients_of_weights_are_not_rounded_to_half_precision(case):
+    tensors, upstream, anchors = arguments(case)
+    x, *kernels, bias = (t.float().cuda().requires_grad_() for t in tensors)
+    with torch.autocast("cuda", torch.bfloat16):
+        parts = strip_branches(x, *kernels, *anchors)
+        mix = strip_mix(x, *kernels, bias, *anchors)
+    upstream = [grad.bfloat16() for grad in upstream]
+    got = *torch.autograd.grad(parts, kernels, [grad.cuda() for grad in upstream]), \
+        *torch.autograd.grad(mix, (*kernels, bias), upstream[0].cuda())
+    wanted = results([x.detach().bfloat16().double().cpu(), *tensors[1:]], [grad.double() for grad in upstream], anchors)
+    for a, b in zip(got, (*wanted["gradients"][1:], *wanted["gradients of mix"][1:]), strict=True):
+        assert a.dtype == torch.float32
+        assert relative(a, b) < 1e-5
+
+
 @pytest.mark.parametrize("name", ["sw_tiny", "slak_tiny", "unireplknet_tiny"])
 def test_networks_give_on_the_gpu_what_they_give_in_float64_and_merge(name):
     torch.manual_seed(0)

@@ -37,8 +37,8 @@ INSTRUCTIONS = {
     **({"avx2": f"-march=x86-64-v3 {SCARCE}", "avx512": "-march=x86-64-v4 -mprefer-vector-width=512"}
        if platform.machine() == "x86_64" else {}),
 }
-CUDA_SOURCES = ["csrc/shift_add.cu", "csrc/strips.cu"]
-HEADERS = ["csrc/lanes.h", "csrc/swconv.h"]
+CUDA_SOURCES = ["csrc/shift_add.cu", "csrc/assemble.cu", "csrc/strips.cu"]
+HEADERS = ["csrc/device.h", "csrc/lanes.h", "csrc/swconv.h"]
 
 NINJA = """\
 builddir = {build}

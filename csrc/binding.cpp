@@ -294,37 +294,44 @@ swconv::AssembleSizes assemble_sizes(const char* op, const Tensor& mixing, int64
   return {branches, mixing.size(0), mixing.size(2), small};
 }
 
-Three assemble_cpu(const std::vector<Tensor> filters, const Tensor mixing) {
-  constexpr const char* op = "swconv::assemble";
+// Dense, and checked: of branches and mixing, or of the three gradients and mixing.
+struct Assembly {
+  std::vector<Tensor> parts;
+  Tensor mixing;
+  swconv::AssembleSizes s;
+
+  template <class T>
+  std::vector<const T*> pointers() const {
+    std::vector<const T*> all;
+    for (const Tensor& part : parts) all.push_back(part.const_data_ptr<T>());
+    return all;
+  }
+  template <class T>
+  const T* mix() const { return mixing.const_data_ptr<T>(); }
+
+  Three new_kernels() const {
+    const auto one = [&](int64_t high, int64_t wide) { return torch::stable::new_empty(mixing, {s.channels, 1, high, wide}); };
+    return {one(s.small, s.taps * s.small), one(s.taps * s.small, s.small), one(s.small, s.small)};
+  }
+  Tensor new_filters() const { return torch::stable::new_empty(mixing, {s.channels * s.taps, 1, s.small, s.small}); }
+};
+
+Assembly checked_filters(const char* op, const std::vector<Tensor>& filters, const Tensor& mixing) {
   require(!filters.empty(), op, " needs filters (R * n, 1, N, N), got none.");
   require(filters[0].dim() == 4, op, " needs filters (R * n, 1, N, N), got ", shape(filters[0]), ".");
   const int64_t small = filters[0].size(3);
   const auto s = assemble_sizes(op, mixing, static_cast<int64_t>(filters.size()), small);
-  std::vector<Tensor> from;
+  std::vector<Tensor> parts;
   for (const Tensor& branch : filters) {
     require_shape(op, "filters", branch, {s.channels * s.taps, 1, small, small});
     require_alike(op, mixing, {&branch});
-    from.push_back(dense(branch));
+    parts.push_back(dense(branch));
   }
-  const Tensor mix = dense(mixing);
-  Tensor h = torch::stable::new_empty(mix, {s.channels, 1, small, s.taps * small}),
-         v = torch::stable::new_empty(mix, {s.channels, 1, s.taps * small, small}),
-         c = torch::stable::new_empty(mix, {s.channels, 1, small, small});
-  with_type(op, mixing, [&](auto zero) {
-    using T = decltype(zero);
-    const auto& kernels = assemble_kernels<T>();
-    std::vector<const T*> branches;
-    for (const Tensor& branch : from) branches.push_back(branch.const_data_ptr<T>());
-    T *to_h = h.mutable_data_ptr<T>(), *to_v = v.mutable_data_ptr<T>(), *to_c = c.mutable_data_ptr<T>();
-    parallel_for(0, s.channels, kChannels, [&](int64_t begin, int64_t end) {
-      kernels.assemble(s, branches.data(), mix.const_data_ptr<T>(), to_h, to_v, to_c, begin, end);
-    });
-  });
-  return {h, v, c};
+  return {parts, dense(mixing), s};
 }
 
-Tensor assemble_backward_cpu(const Tensor grad_h, const Tensor grad_v, const Tensor grad_c, const Tensor mixing) {
-  constexpr const char* op = "swconv::assemble_backward";
+Assembly checked_gradients(const char* op, const Tensor& grad_h, const Tensor& grad_v, const Tensor& grad_c,
+                           const Tensor& mixing) {
   require(grad_c.dim() == 4, op, " needs the gradient of kernel_c (R, 1, N, N), got ", shape(grad_c), ".");
   const int64_t small = grad_c.size(3);
   const auto s = assemble_sizes(op, mixing, 1, small);
@@ -332,19 +339,70 @@ Tensor assemble_backward_cpu(const Tensor grad_h, const Tensor grad_v, const Ten
   require_shape(op, "the gradient of kernel_v", grad_v, {s.channels, 1, s.taps * small, small});
   require_shape(op, "the gradient of kernel_c", grad_c, {s.channels, 1, small, small});
   require_alike(op, mixing, {&grad_h, &grad_v, &grad_c});
-  const Tensor mix = dense(mixing), h = dense(grad_h), v = dense(grad_v), c = dense(grad_c);
-  Tensor out = torch::stable::new_empty(mix, {s.channels * s.taps, 1, small, small});
-  with_type(op, mixing, [&](auto zero) {
+  return {{dense(grad_h), dense(grad_v), dense(grad_c)}, dense(mixing), s};
+}
+
+Three assemble_cpu(const std::vector<Tensor> filters, const Tensor mixing) {
+  constexpr const char* op = "swconv::assemble";
+  const Assembly a = checked_filters(op, filters, mixing);
+  Three out = a.new_kernels();
+  auto& [h, v, c] = out;
+  with_type(op, mixing, [&, &h = h, &v = v, &c = c](auto zero) {
     using T = decltype(zero);
     const auto& kernels = assemble_kernels<T>();
-    T* to = out.mutable_data_ptr<T>();
-    parallel_for(0, s.channels, kChannels, [&](int64_t begin, int64_t end) {
-      kernels.adjoint(s, h.const_data_ptr<T>(), v.const_data_ptr<T>(), c.const_data_ptr<T>(), mix.const_data_ptr<T>(), to,
-                      begin, end);
+    const auto branches = a.pointers<T>();
+    T *to_h = h.mutable_data_ptr<T>(), *to_v = v.mutable_data_ptr<T>(), *to_c = c.mutable_data_ptr<T>();
+    parallel_for(0, a.s.channels, kChannels, [&](int64_t begin, int64_t end) {
+      kernels.assemble(a.s, branches.data(), a.mix<T>(), to_h, to_v, to_c, begin, end);
     });
   });
   return out;
 }
+
+Tensor assemble_backward_cpu(const Tensor grad_h, const Tensor grad_v, const Tensor grad_c, const Tensor mixing) {
+  constexpr const char* op = "swconv::assemble_backward";
+  const Assembly a = checked_gradients(op, grad_h, grad_v, grad_c, mixing);
+  Tensor out = a.new_filters();
+  with_type(op, mixing, [&](auto zero) {
+    using T = decltype(zero);
+    const auto& kernels = assemble_kernels<T>();
+    const auto grads = a.pointers<T>();
+    T* to = out.mutable_data_ptr<T>();
+    parallel_for(0, a.s.channels, kChannels, [&](int64_t begin, int64_t end) {
+      kernels.adjoint(a.s, grads[0], grads[1], grads[2], a.mix<T>(), to, begin, end);
+    });
+  });
+  return out;
+}
+
+#ifdef SWCONV_CUDA
+Three assemble_cuda(const std::vector<Tensor> filters, const Tensor mixing) {
+  constexpr const char* op = "swconv::assemble";
+  const Assembly a = checked_filters(op, filters, mixing);
+  require_float(op, mixing);
+  require(a.s.branches <= swconv::kMostBranches, op, " needs at most ", swconv::kMostBranches,
+          " Rep branches on the GPU, got ", a.s.branches, ". Add some of them up before.");
+  const torch::stable::accelerator::DeviceGuard guard(mixing.get_device_index());
+  Three out = a.new_kernels();
+  auto& [h, v, c] = out;
+  require_done(op, swconv::assemble_cuda(a.s, a.pointers<float>().data(), a.mix<float>(), h.mutable_data_ptr<float>(),
+                                         v.mutable_data_ptr<float>(), c.mutable_data_ptr<float>(),
+                                         current_stream(mixing)));
+  return out;
+}
+
+Tensor assemble_backward_cuda(const Tensor grad_h, const Tensor grad_v, const Tensor grad_c, const Tensor mixing) {
+  constexpr const char* op = "swconv::assemble_backward";
+  const Assembly a = checked_gradients(op, grad_h, grad_v, grad_c, mixing);
+  require_float(op, mixing);
+  const torch::stable::accelerator::DeviceGuard guard(mixing.get_device_index());
+  Tensor out = a.new_filters();
+  const auto grads = a.pointers<float>();
+  require_done(op, swconv::assemble_backward_cuda(a.s, grads[0], grads[1], grads[2], a.mix<float>(),
+                                                  out.mutable_data_ptr<float>(), current_stream(mixing)));
+  return out;
+}
+#endif
 
 // ---- strip form ----------------------------------------------------------------------------------------------------
 
@@ -576,6 +634,8 @@ STABLE_TORCH_LIBRARY_IMPL(swconv, CUDA, m) {
   m.impl("shift_add", TORCH_BOX(&shift_add_gather_cuda));
   m.impl("shift_add_atomic", TORCH_BOX(&shift_add_atomic_cuda));
   m.impl("shift_add_backward", TORCH_BOX(&shift_add_backward_cuda));
+  m.impl("assemble", TORCH_BOX(&assemble_cuda));
+  m.impl("assemble_backward", TORCH_BOX(&assemble_backward_cuda));
   m.impl("strip_branches", TORCH_BOX(&strip_branches_cuda));
   m.impl("strip_branches_backward", TORCH_BOX(&strip_branches_backward_cuda));
   m.impl("strip_mix", TORCH_BOX(&strip_mix_cuda));

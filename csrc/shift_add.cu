@@ -1,6 +1,5 @@
 // The two-step form on the GPU, float32. Formulas in swconv.h. One block row per plane; threads run over its pixels.
-#include <cuda_runtime_api.h>
-
+#include "device.h"
 #include "swconv.h"
 
 namespace {
@@ -99,8 +98,6 @@ Sizes narrow(const ShiftSizes& s) {
   return {static_cast<int>(s.channels), static_cast<int>(s.taps),  static_cast<int>(s.edges),
           static_cast<int>(s.height),   static_cast<int>(s.width), static_cast<int>(s.halo)};
 }
-
-const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
 // One block row per plane of `pixels`. No launch for an empty tensor: CUDA refuses an empty grid.
 template <class... Parameters, class... Arguments>

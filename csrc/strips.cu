@@ -8,31 +8,11 @@
 // keeps the taps that meet its kRun outputs in registers: at every step it reads N + 1 pixels and N new taps for
 // 2 * kRun * N multiplications. Pixels outside the map are skipped. Kernels' gradients: a thread has kRun taps along by N
 // across, and slides over two columns of the map, of all images of its block; blocks are added in a fixed order.
-//
-// Compiled by a C++ compiler with SWCONV_EMULATE, the same code runs on the CPU, one thread after the other between two
-// barriers: that is how it is tested where there is no GPU.
+#include "device.h"
 #include "swconv.h"
 
 #include <algorithm>
 #include <initializer_list>
-
-#ifdef SWCONV_EMULATE
-#include <vector>
-#define SWCONV_DEVICE
-#define SWCONV_BOTH
-#define SWCONV_THREADS(count, ...) \
-  for (int thread = 0; thread < count; ++thread) __VA_ARGS__
-#else
-#include <cuda_runtime_api.h>
-#define SWCONV_DEVICE __device__ __forceinline__
-#define SWCONV_BOTH __host__ __device__
-#define SWCONV_THREADS(count, ...)   \
-  {                                  \
-    const int thread = threadIdx.x;  \
-    __VA_ARGS__;                     \
-    __syncthreads();                 \
-  }
-#endif
 
 namespace {
 
@@ -544,34 +524,11 @@ namespace swconv {
 namespace {
 
 #ifdef SWCONV_EMULATE
-template <class Kernel, class Arguments>
-const char* launch(Kernel kernel, const Arguments& arguments, int64_t across, int64_t down, int, int64_t floats, void*) {
-  std::vector<float> shared(floats);
-  for (int64_t y = 0; y < down; ++y)
-    for (int64_t x = 0; x < across; ++x) {
-      std::fill(shared.begin(), shared.end(), __builtin_nanf(""));  // what is not written must not be read
-      kernel(static_cast<int>(x), static_cast<int>(y), shared.data(), arguments);
-    }
-  return nullptr;
-}
 const char* add_partial(const PartialSum& p, int64_t count, void*) {
   for (int64_t i = 0; i < count; ++i) p.add(i);
   return nullptr;
 }
 #else
-const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
-
-template <class Kernel, class Arguments>
-const char* launch(Kernel kernel, const Arguments& arguments, int64_t across, int64_t down, int threads, int64_t floats,
-                   void* stream) {
-  const int bytes = static_cast<int>(floats * sizeof(float));
-  if (floats > kSharedMost)
-    if (const char* failed = message(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)))
-      return failed;
-  const dim3 grid(static_cast<unsigned>(across), static_cast<unsigned>(down));
-  kernel<<<grid, threads, bytes, static_cast<cudaStream_t>(stream)>>>(arguments);
-  return message(cudaGetLastError());
-}
 const char* add_partial(const PartialSum& p, int64_t count, void* stream) {
   strip_partial_sum<<<static_cast<unsigned>((count + kThreads - 1) / kThreads), kThreads, 0,
                       static_cast<cudaStream_t>(stream)>>>(p, count);

@@ -67,6 +67,14 @@ AssembleKernels<T> assemble_kernels_avx2();
 template <class T>
 AssembleKernels<T> assemble_kernels_avx512();
 
+// The same on the GPU, all channels at once, float32, in one launch each, of kMostBranches branches at most. `stream` is a
+// cudaStream_t. Each returns nullptr, or CUDA's error message.
+constexpr int64_t kMostBranches = 16;
+const char* assemble_cuda(const AssembleSizes& s, const float* const* filters, const float* mixing, float* kernel_h,
+                          float* kernel_v, float* kernel_c, void* stream);
+const char* assemble_backward_cuda(const AssembleSizes& s, const float* grad_h, const float* grad_v, const float* grad_c,
+                                   const float* mixing, float* grad_filters, void* stream);
+
 // Strip form. x (B, R, H, W); kernel_h (R, 1, N, L); kernel_v (R, 1, L, N); kernel_c (R, 1, S, S), S odd. An anchor is
 // the tap along the long side that lies on the output pixel:
 //   h[b,r,y,x] = sum_a sum_t kernel_h[r,0,a,t] x[b,r, y + a - N/2,        x + t - anchor_h]

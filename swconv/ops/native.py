@@ -300,7 +300,8 @@ def _register_strip_gradients(engine: str) -> None:
     def mix_backward(ctx, grad):
         grad = as_read(grad)
         grads = adjoint(grad, grad, grad, *ctx.saved_tensors, ctx.anchor_h, ctx.anchor_v)
-        return *grads, grad.sum((0, 2, 3)) if ctx.with_bias else None, None, None
+        grad_bias = None if ctx.bias_dtype is None else grad.sum((0, 2, 3), dtype=ctx.bias_dtype)
+        return *grads, grad_bias, None, None
 
     _differentiable(f"{engine}_branches", branches_backward, _save_strip_branches)
     _differentiable(f"{engine}_mix", mix_backward, _save_strip_mix)
@@ -308,6 +309,6 @@ def _register_strip_gradients(engine: str) -> None:
 
 def _save_strip_mix(ctx, inputs, output):
     *tensors, bias, ctx.anchor_h, ctx.anchor_v = inputs
-    ctx.with_bias = bias is not None
+    ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(*tensors)
 

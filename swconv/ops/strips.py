@@ -61,8 +61,9 @@ def strip_branches(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Depthwise convolution with a horizontal strip, a vertical strip and a small centred kernel.
 
-    Under autocast on a GPU it computes in autocast's dtype; elsewhere in that of x, to which the kernels are rounded. On a
-    GPU the engines work on contiguous maps: channels_last is converted on the way in and out.
+    Under autocast on a GPU it computes in autocast's dtype; elsewhere in that of x. The kernels are rounded to it; their
+    gradients are in their own dtype. On a GPU the engines work on contiguous maps: channels_last is converted on the way in
+    and out.
 
     Parameters
     ----------
@@ -85,8 +86,8 @@ def strip_branches(
     """
     anchors = _check(x, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v)
     layout = native.layout(x)
-    x, *kernels = _operands(x, kernel_h, kernel_v, kernel_c)
-    match native.strip_engine(x):
+    engine, x, *kernels = _operands(x, kernel_h, kernel_v, kernel_c)
+    match engine:
         case "compiled":
             parts = native.call("strip_branches", x, *kernels, *anchors)
         case "toeplitz":
@@ -109,9 +110,8 @@ def strip_mix(
     """Sum of the three parts of `strip_branches`, plus a bias of shape (C,): one plus-shaped depthwise convolution."""
     anchors = _check(x, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v, bias)
     layout = native.layout(x)
-    x, *kernels = _operands(x, kernel_h, kernel_v, kernel_c)
-    bias = bias if bias is None else bias.to(x.dtype)
-    match native.strip_engine(x):
+    engine, x, *kernels, bias = _operands(x, kernel_h, kernel_v, kernel_c, bias)
+    match engine:
         case "compiled":
             y = native.call("strip_mix", x, *kernels, bias, *anchors)
         case "toeplitz":
@@ -163,13 +163,18 @@ def half_border(x: Tensor, kernel_h: Tensor, extent: int) -> Tensor:
     return lost @ place
 
 
-def _operands(x: Tensor, *kernels: Tensor) -> tuple[Tensor, ...]:
-    """x and the kernels in the one dtype to compute in; on a GPU x contiguous."""
-    dtype = x.dtype
+def _operands(x: Tensor, *weights: Tensor | None) -> tuple[str | Tensor | None, ...]:
+    """The engine; x in the dtype to compute in, on a GPU contiguous; kernels and bias in it, too.
+
+    The Toeplitz engine rounds weights itself where it reads them: it gets them as they are, and gives such gradients.
+    """
     if x.is_cuda:
-        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else dtype
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
         x = native.relaid(x.to(dtype), torch.contiguous_format)
-    return x, *(kernel if kernel.dtype == dtype else kernel.to(dtype) for kernel in kernels)
+    engine = native.strip_engine(x)
+    if engine != "toeplitz":
+        weights = tuple(weight if weight is None else weight.to(x.dtype) for weight in weights)
+    return engine, x, *weights
 
 
 def _check(

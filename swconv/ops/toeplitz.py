@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from typing import Any
 
 import torch
@@ -27,8 +28,10 @@ except ImportError:                      # torch without CUDA comes without Trit
     triton = None
 
 # Compiled once for all sizes, not anew for those that are 1 or a multiple of 16.
-jit = functools.partial(triton.jit, do_not_specialize=("images", "height", "width", "length", "length_h", "length_v", "anchor",
-    "anchor_h", "anchor_v", "before", "share")) if triton else lambda kernel: kernel
+jit = functools.partial(triton.jit, do_not_specialize=(
+    "images", "height", "width", "length_h", "length_v", "anchor_h", "anchor_v", "share", "before_h", "before_v", "before_c",
+    "shifts_h", "shifts_v", "shifts_c", "chunks_h", "chunks_v", "chunks_c",
+)) if triton else lambda kernel: kernel
 
 PROGRAMS = 1024                          # what a launch is cut into, at least: some for each of 100 to 150 multiprocessors
 ROOM = 99 * 1024                         # bytes of shared memory that a program may have where there is no GPU to ask
@@ -50,7 +53,7 @@ def strip_branches(
     x : Tensor of shape (B, C, H, W)
         bfloat16, float16, or float32 (multiplied as TF32). Copied if it is not contiguous.
     kernel_h, kernel_v, kernel_c : Tensor of shape (C, 1, N, L), (C, 1, L, N) and (C, 1, S, S)
-        N and S are odd. Rounded to x's dtype.
+        N and S are odd. Of any dtype; rounded to x's where they become matrices, sums of taps once.
     anchor_h, anchor_v : int
         Index of the tap along the long axis that lies on the output pixel.
 
@@ -106,10 +109,7 @@ def strip_branches_backward(
     grad_x = torch.empty_like(x)
     grads = (grad_h,) if grad_h is grad_v is grad_i else (grad_h, grad_v, grad_i)
     _convolve(grads, (kernel_h, kernel_v, kernel_c), (anchor_h, anchor_v), (grad_x,), sign=-1)
-    grad_kernel_h = _correlate(x, grad_h, kernel_h, anchor_h)
-    grad_kernel_v = _correlate(x, grad_v, kernel_v, anchor_v, upright=True)
-    grad_kernel_c = _correlate(x, grad_i, kernel_c, kernel_c.shape[3] // 2)
-    return grad_x, grad_kernel_h, grad_kernel_v, grad_kernel_c
+    return grad_x, *_correlate(x, (grad_h, grad_v, grad_i), (kernel_h, kernel_v, kernel_c), (anchor_h, anchor_v))
 
 
 # ---- launches
@@ -169,37 +169,54 @@ def _convolution(
     }
 
 
-def _correlate(x: Tensor, grad: Tensor, kernel: Tensor, anchor: int, upright: bool = False) -> Tensor:
-    """Gradient of a horizontal strip, or of an upright one."""
+def _correlate(
+    x: Tensor, grads: tuple[Tensor, Tensor, Tensor], kernels: tuple[Tensor, Tensor, Tensor], anchors: tuple[int, int]
+) -> tuple[Tensor, ...]:
+    """Gradients of the three kernels: one launch for the chunks' parts of all, one for their sums."""
     if x.numel() == 0:
-        return kernel.new_zeros(kernel.shape)
-    breadth, length = kernel.shape[:1:-1] if upright else kernel.shape[2:]
-    grid, numbers, constants = _correlation(*x.shape, x.element_size(), breadth, length, anchor, upright, PROGRAMS)
-    partial = torch.zeros(grid[1] * grid[2], *kernel.shape, dtype=torch.float32, device=x.device)
+        return tuple(kernel.new_zeros(kernel.shape) for kernel in kernels)
+    sizes = [side for kernel in kernels for side in kernel.shape[2:]][:5]
+    grid, room, numbers, parts, constants, own = _correlation(*x.shape, x.element_size(), *sizes, *anchors, PROGRAMS)
+    partials = torch.empty(sum(room), dtype=torch.float32, device=x.device).split(room)
+    results = tuple(torch.empty_like(kernel, memory_format=torch.contiguous_format) for kernel in kernels)
+    taps = triton.next_power_of_2(max(kernel[0].numel() for kernel in kernels))
     with torch.cuda.device_of(x):
-        correlate_kernel[grid](x, grad, partial, *numbers, **constants)
-    return partial.sum(0).to(kernel.dtype)
+        correlate_kernel[grid](x, *grads, *partials, *numbers, *parts, **constants, **own)
+        collect_kernel[grid[0], 3](*partials, *results, sizes[1], sizes[2], *anchors, *parts, **constants, TAPS=taps)
+    return results
 
 
 @functools.lru_cache(maxsize=1024)
 def _correlation(
-    images: int, channels: int, height: int, width: int, itemsize: int, breadth: int, length: int, anchor: int,
-    upright: bool, programs: int,
-) -> tuple[tuple[int, int, int], tuple[int, ...], dict[str, Any]]:
-    """The grid of a `correlate_kernel`, its numbers and its constants."""
-    along, across = (height, width) if upright else (width, height)
-    side = _side(along, 64)
-    rows = max(1024 // side, 32)
-    pitch = _pitch(across, rows)
-    blocks, tiles, groups = triton.cdiv(along, side), triton.cdiv(across, rows), triton.cdiv(images, rows // pitch)
-    before = min(triton.cdiv(anchor, side), blocks - 1)
-    after = min(triton.cdiv(length - 1 - anchor, side), blocks - 1)
-    shifts, work = before + 1 + after, groups * tiles * blocks
-    share = max(channels * shifts * work // programs, 1)
-    grid, numbers = (channels, shifts, triton.cdiv(work, share)), (images, height, width, length, anchor, before, share)
-    return grid, numbers, {
-        "BREADTH": breadth, "UPRIGHT": upright, "SIDE": side, "ROWS": rows, "PITCH": pitch,
-        "ALIGN": _align(width, itemsize), "num_warps": side // 16, "num_stages": 1,
+    images: int, channels: int, height: int, width: int, itemsize: int, breadth_h: int, length_h: int, length_v: int,
+    breadth_v: int, small: int, anchor_h: int, anchor_v: int, programs: int,
+) -> tuple[tuple[int, int], list[int], tuple[int, ...], tuple[int, ...], dict[str, int], dict[str, int]]:
+    """Of the horizontal strip, the vertical and the small kernel, which is one more horizontal strip: the grid; numbers of
+    partial; the kernel's own numbers; blocks before, shifts and chunks of the three; constants, and the kernel's own."""
+    side_h, side_v = _side(width, 64), _side(height, 64)
+    rows_h, rows_v = max(1024 // side_h, 32), max(1024 // side_v, 32)
+    pitch_h, pitch_v = _pitch(height, rows_h), _pitch(width, rows_v)
+
+    def part(along: int, across: int, side: int, rows: int, pitch: int, length: int, anchor: int) -> tuple[int, int, int]:
+        """Blocks before, shifts, tiles of the gradient."""
+        blocks = triton.cdiv(along, side)
+        before, after = (min(triton.cdiv(reach, side), blocks - 1) for reach in (anchor, length - 1 - anchor))
+        return before, before + 1 + after, triton.cdiv(images, rows // pitch) * triton.cdiv(across, rows) * blocks
+
+    befores, shifts, works = zip(
+        part(width, height, side_h, rows_h, pitch_h, length_h, anchor_h),
+        part(height, width, side_v, rows_v, pitch_v, length_v, anchor_v),
+        part(width, height, side_h, rows_h, pitch_h, small, small // 2), strict=True,
+    )
+    share = max(channels * sum(map(operator.mul, shifts, works)) // (3 * programs), 1)
+    chunks = [triton.cdiv(work, share) for work in works]
+    items = [*map(operator.mul, shifts, chunks)]
+    lines = breadth_h * side_h, breadth_v * side_v, small * side_h
+    room = [channels * count * 2 * line for count, line in zip(items, lines, strict=True)]
+    constants = {"BREADTH_H": breadth_h, "BREADTH_V": breadth_v, "SMALL": small, "SIDE_H": side_h, "SIDE_V": side_v}
+    return (channels, sum(items)), room, (images, height, width, share), (*befores, *shifts, *chunks), constants, {
+        "ROWS_H": rows_h, "ROWS_V": rows_v, "PITCH_H": pitch_h, "PITCH_V": pitch_v, "ALIGN": _align(width, itemsize),
+        "num_warps": max(side_h, side_v) // 16, "num_stages": 1,
     }
 
 
@@ -486,32 +503,30 @@ def convolve_kernel(
 
 
 @jit
-def correlate_kernel(
-    x, grad, partial, images, height, width, length, anchor, before, share,
+def _correlate_strip(
+    x, grad, partial, item, images, height, width, before, shifts, share,
     BREADTH: tl.constexpr, UPRIGHT: tl.constexpr, SIDE: tl.constexpr, ROWS: tl.constexpr, PITCH: tl.constexpr,
-    ALIGN: tl.constexpr,
 ):
     """One channel, one displacement of the inputs from the outputs in blocks of SIDE, a share of the work.
 
-    The work is all tiles of grad: images, rows, blocks of columns. partial (chunks, displacements, C, BREADTH, length).
-    UPRIGHT: maps and strip, (..., length, BREADTH), are seen transposed.
+    The work is all tiles of grad: images, rows, blocks of columns. partial (chunks, shifts, C, BREADTH, 2 * SIDE): sums along
+    the diagonals, by input - output from -SIDE on, all of which are written. UPRIGHT: maps are seen transposed.
     """
-    channel, chunk = tl.program_id(0), tl.program_id(2)
-    width = width // ALIGN * ALIGN                            # tells the compiler
+    channel, chunk = tl.program_id(0), item // shifts
     across, along = (width, height) if UPRIGHT else (height, width)
     tiles, blocks = tl.cdiv(across, ROWS), tl.cdiv(along, SIDE)
     work = tl.cdiv(images, ROWS // PITCH) * tiles * blocks
-    shift = (tl.program_id(1) - before) * SIDE
+    shift = (item % shifts - before) * SIDE
     cols = tl.arange(0, SIDE)
     lines = tl.arange(0, ROWS) % PITCH
 
     grams = ()                                                # X[y + dy, inputs]^T grad[y, outputs], one per dy
     for _ in tl.static_range(BREADTH):
         grams = grams + (tl.zeros((SIDE, SIDE), tl.float32),)
-    for item in range(chunk * share, tl.minimum((chunk + 1) * share, work)):
-        outputs = item % blocks * SIDE + cols
-        rows = item // blocks % tiles * ROWS + lines
-        plane = _plane(item // blocks // tiles, channel, images, height, width, ROWS, PITCH, UPRIGHT)
+    for tile in range(chunk * share, tl.minimum((chunk + 1) * share, work)):
+        outputs = tile % blocks * SIDE + cols
+        rows = tile // blocks % tiles * ROWS + lines
+        plane = _plane(tile // blocks // tiles, channel, images, height, width, ROWS, PITCH, UPRIGHT)
         wanted = _load(grad, plane, rows, outputs)
         sums = ()
         for line in tl.static_range(BREADTH):
@@ -519,14 +534,77 @@ def correlate_kernel(
             sums = sums + (tl.dot(tl.trans(seen), wanted, grams[line], input_precision="tf32"),)
         grams = sums
 
-    begin = (chunk * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + channel
-    tap = anchor + shift + cols
     turn = cols[:, None] + cols[None, :]
-    line_step, tap_step = (1, BREADTH) if UPRIGHT else (length, 1)
     for line in tl.static_range(BREADTH):
         turned = tl.gather(grams[line], turn % SIDE, 0)       # row j, column output: input (j + output) % SIDE
         right = tl.sum(tl.where(turn < SIDE, turned, 0.0), 1)                 # diagonal input - output = j
         left = tl.sum(tl.where(turn < SIDE, 0.0, turned), 1)                  # diagonal input - output = j - SIDE
-        target = partial + begin * BREADTH * length + line * line_step + tap * tap_step
-        tl.store(target, right, mask=(tap >= 0) & (tap < length))
-        tl.store(target - SIDE * tap_step, left, mask=(tap >= SIDE) & (tap < length + SIDE))
+        target = partial + ((item * tl.num_programs(0) + channel) * BREADTH + line) * 2 * SIDE + cols
+        tl.store(target, left)
+        tl.store(target + SIDE, right)
+
+
+@jit
+def correlate_kernel(
+    x, grad_h, grad_v, grad_c, partial_h, partial_v, partial_c, images, height, width, share,
+    before_h, before_v, before_c, shifts_h, shifts_v, shifts_c, chunks_h, chunks_v, chunks_c,
+    BREADTH_H: tl.constexpr, BREADTH_V: tl.constexpr, SMALL: tl.constexpr, SIDE_H: tl.constexpr, SIDE_V: tl.constexpr,
+    ROWS_H: tl.constexpr, ROWS_V: tl.constexpr, PITCH_H: tl.constexpr, PITCH_V: tl.constexpr, ALIGN: tl.constexpr,
+):
+    """`_correlate_strip` of the horizontal strip, then of the vertical, then of the small kernel."""
+    width = width // ALIGN * ALIGN                            # tells the compiler
+    item = tl.program_id(1)
+    items_h, items_v = shifts_h * chunks_h, shifts_v * chunks_v
+    if item < items_h:
+        _correlate_strip(x, grad_h, partial_h, item, images, height, width, before_h, shifts_h, share,
+                         BREADTH_H, False, SIDE_H, ROWS_H, PITCH_H)
+    elif item < items_h + items_v:
+        _correlate_strip(x, grad_v, partial_v, item - items_h, images, height, width, before_v, shifts_v, share,
+                         BREADTH_V, True, SIDE_V, ROWS_V, PITCH_V)
+    else:
+        _correlate_strip(x, grad_c, partial_c, item - items_h - items_v, images, height, width, before_c, shifts_c, share,
+                         SMALL, False, SIDE_H, ROWS_H, PITCH_H)
+
+
+@jit
+def _collect(
+    partial, grad, length, anchor, before, shifts, chunks,
+    BREADTH: tl.constexpr, UPRIGHT: tl.constexpr, SIDE: tl.constexpr, TAPS: tl.constexpr,
+):
+    """A channel's taps: each lies on a diagonal of one shift and of the next. The chunks are added in their order."""
+    CHUNKS: tl.constexpr = 8                                  # read at a time
+    channel = tl.program_id(0)
+    place = tl.arange(0, TAPS)
+    tap, line = (place // BREADTH, place % BREADTH) if UPRIGHT else (place % length, place // length)
+    exists = place < BREADTH * length
+    diagonal = tap - anchor + (before + 1) * SIDE             # from the first of shift 0
+    shift = diagonal // SIDE - 1
+    step = shifts * tl.num_programs(0) * BREADTH * 2 * SIDE
+    total = tl.zeros((TAPS,), tl.float32)
+    for first in range(0, chunks, CHUNKS):
+        chunk = first + tl.arange(0, CHUNKS)
+        for turn in tl.static_range(2):
+            begin = ((shift + turn) * tl.num_programs(0) + channel) * BREADTH + line
+            offset = begin * 2 * SIDE + diagonal - (shift + turn) * SIDE
+            inside = exists & (diagonal >= 0) & (shift + turn >= 0) & (shift + turn < shifts)
+            seen = tl.load(partial + chunk[:, None] * step + offset[None, :],
+                           mask=(chunk < chunks)[:, None] & inside[None, :], other=0.0)
+            total += tl.sum(seen, 0)
+    tl.store(grad + channel * BREADTH * length + place, total.to(grad.dtype.element_ty), mask=exists)
+
+
+@jit
+def collect_kernel(
+    partial_h, partial_v, partial_c, grad_h, grad_v, grad_c, length_h, length_v, anchor_h, anchor_v,
+    before_h, before_v, before_c, shifts_h, shifts_v, shifts_c, chunks_h, chunks_v, chunks_c,
+    BREADTH_H: tl.constexpr, BREADTH_V: tl.constexpr, SMALL: tl.constexpr, SIDE_H: tl.constexpr, SIDE_V: tl.constexpr,
+    TAPS: tl.constexpr,
+):
+    """The kernels' gradients from their parts; TAPS is enough for the largest."""
+    part = tl.program_id(1)
+    if part == 0:
+        _collect(partial_h, grad_h, length_h, anchor_h, before_h, shifts_h, chunks_h, BREADTH_H, False, SIDE_H, TAPS)
+    elif part == 1:
+        _collect(partial_v, grad_v, length_v, anchor_v, before_v, shifts_v, chunks_v, BREADTH_V, True, SIDE_V, TAPS)
+    else:
+        _collect(partial_c, grad_c, SMALL, SMALL // 2, before_c, shifts_c, chunks_c, SMALL, False, SIDE_H, TAPS)

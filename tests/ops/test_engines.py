@@ -211,9 +211,10 @@ def test_the_toeplitz_operators_are_registered_with_shapes_and_gradients():
     """On the meta device, as a graph sees them: no GPU is here to run them."""
     native._register_toeplitz()
     x = torch.empty(2, 3, 9, 8, device="meta", dtype=torch.bfloat16, requires_grad=True)
-    k = [t.to("meta", torch.bfloat16).requires_grad_() for t in KERNELS]
-    outputs = torch.ops.swconv.toeplitz_branches(x, *k, 7, 7)
-    assert [o.shape for o in outputs] == [x.shape] * 3
-    y = torch.ops.swconv.toeplitz_mix(x, *k, None, 7, 7)
-    grads = torch.autograd.grad([y, *outputs], [x, *k], [torch.empty_like(y)] * 4)
-    assert [g.shape for g in grads] == [t.shape for t in (x, *k)]
+    weights = [t.to("meta").requires_grad_() for t in (*KERNELS, torch.zeros(3))]        # in float32, as autocast has them
+    outputs = torch.ops.swconv.toeplitz_branches(x, *weights[:3], 7, 7)
+    y = torch.ops.swconv.toeplitz_mix(x, *weights, 7, 7)
+    assert [(o.shape, o.dtype) for o in (y, *outputs)] == [(x.shape, x.dtype)] * 4
+    grads = torch.autograd.grad([y, *outputs], [x, *weights], [torch.empty_like(y)] * 4)
+    assert [(g.shape, g.dtype) for g in grads] == [(t.shape, t.dtype) for t in (x, *weights)]
+    assert torch.ops.swconv.toeplitz_mix(x, *weights[:3], None, 7, 7).shape == x.shape

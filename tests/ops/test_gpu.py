@@ -188,6 +188,22 @@ def test_autocast_computes_strips_in_half_precision_and_leaves_weights_in_float3
         assert relative(a, b.detach().double().cpu()) < 2e-2
 
 
+@pytest.mark.parametrize("case", ["stage 1", "stage 4", "unequal strips"])
+def test_under_autocast_gradients_of_weights_are_not_rounded_to_half_precision(case):
+    tensors, upstream, anchors = arguments(case)
+    x, *kernels, bias = (t.float().cuda().requires_grad_() for t in tensors)
+    with torch.autocast("cuda", torch.bfloat16):
+        parts = strip_branches(x, *kernels, *anchors)
+        mix = strip_mix(x, *kernels, bias, *anchors)
+    upstream = [grad.bfloat16() for grad in upstream]
+    got = *torch.autograd.grad(parts, kernels, [grad.cuda() for grad in upstream]), \
+        *torch.autograd.grad(mix, (*kernels, bias), upstream[0].cuda())
+    wanted = results([x.detach().bfloat16().double().cpu(), *tensors[1:]], [grad.double() for grad in upstream], anchors)
+    for a, b in zip(got, (*wanted["gradients"][1:], *wanted["gradients of mix"][1:]), strict=True):
+        assert a.dtype == torch.float32
+        assert relative(a, b) < 1e-5
+
+
 @pytest.mark.parametrize("name", ["sw_tiny", "slak_tiny", "unireplknet_tiny"])
 def test_networks_give_on_the_gpu_what_they_give_in_float64_and_merge(name):
     torch.manual_seed(0)
@@ -260,11 +276,41 @@ def test_a_network_trains_among_processes_with_torch_s_own_synchronised_norm(tmp
         dist.destroy_process_group()
 
 
-def test_filters_are_assembled_in_their_own_precision():
-    torch.manual_seed(0)
-    tables = ShiftTables.draw(5, 17, edges=4)
-    filters = torch.randn(85, 1, 3, 3)
-    wanted = assemble(filters.double(), tables.mixing().double())
-    with torch.autocast("cuda", torch.bfloat16):
-        got = assemble(filters.cuda(), tables.mixing().cuda())
-    assert max(relative(a, b) for a, b in zip(got, wanted, strict=True)) < 1e-6
+# branches, R, n, N
+ASSEMBLIES = [(1, 5, 17, 3), (2, 246, 16, 3), (16, 3, 11, 5), (2, 4, 8, 7), (2, 3, 6, 9)]
+
+
+def assembly(branches, channels, taps, small):
+    """Filters of every branch, mixing and the gradients of the three kernels, in float64."""
+    filters = [draw((channels * taps, 1, small, small), seed) for seed in range(branches)]
+    sides = (small, taps * small), (taps * small, small), (small, small)
+    upstream = [draw((channels, 1, *side), 20 + i) for i, side in enumerate(sides)]
+    return filters, ShiftTables.draw(channels, taps, edges=4).mixing(), upstream
+
+
+@pytest.mark.parametrize("sizes", ASSEMBLIES, ids=str)
+def test_filters_are_assembled_in_their_own_precision_with_their_gradients(sizes):
+    filters, mixing, upstream = assembly(*sizes)
+    leaves = [branch.requires_grad_() for branch in filters]
+    kernels = assemble(leaves, mixing.double())
+    wanted = *kernels, *torch.autograd.grad(kernels, leaves, upstream)
+
+    def on_gpu():
+        leaves = [branch.detach().float().cuda().requires_grad_() for branch in filters]
+        with torch.autocast("cuda", torch.bfloat16):
+            kernels = assemble(leaves, mixing.cuda())
+        return *kernels, *torch.autograd.grad(kernels, leaves, [grad.float().cuda() for grad in upstream])
+
+    for a, b, c in zip(on_gpu(), wanted, on_gpu(), strict=True):
+        assert relative(a, b.detach()) < 1e-6
+        assert torch.equal(a, c)
+
+
+def test_torch_accepts_the_assembly_of_the_gpu_which_says_how_many_branches_it_takes():
+    filters, mixing, upstream = assembly(2, 3, 5, 3)
+    filters, mixing = [branch.float().cuda().requires_grad_() for branch in filters], mixing.cuda()
+    assert native.handles(filters[0], "assemble")
+    torch.library.opcheck(torch.ops.swconv.assemble.default, (filters, mixing))
+    torch.library.opcheck(torch.ops.swconv.assemble_backward.default, (*(grad.float().cuda() for grad in upstream), mixing))
+    with pytest.raises(RuntimeError, match="needs at most 16 Rep branches on the GPU, got 17. Add some of them up before."):
+        assemble(filters[:1] * 17, mixing)

@@ -1,10 +1,11 @@
-"""The strip kernels alone, without torch's binding: every set of instructions, and the CUDA source as it runs on a CPU.
+"""The kernels alone, without torch's binding: every set of instructions, and the CUDA source as it runs on a CPU.
 
-strips.cu is compiled by g++ with SWCONV_EMULATE: the threads of a block run one after the other between two barriers, and
-shared memory starts as NaN. That shows that its indices are right, not that a GPU runs it.
+strips.cu and assemble.cu are compiled by g++ with SWCONV_EMULATE: the threads of a block run one after the other between two
+barriers, and shared memory starts as NaN. That shows that their indices are right, not that a GPU runs them.
 """
 
 import ctypes
+import itertools
 import os
 import platform
 import subprocess
@@ -70,6 +71,20 @@ extern "C" void backward(const StripSizes* s, const float* gh, const float* gv, 
   strip_branches_backward_cuda(*s, gh, gv, gi, x, kh, kv, kc, gx, partial.data(), gkh, gkv, gkc, nullptr);
 }
 """
+ASSEMBLE = """
+#include "assemble.cu"
+using namespace swconv;
+extern "C" void forward(const AssembleSizes* s, bool gpu, const float* const* filters, const float* mixing, float* h, float* v,
+                        float* c) {
+  if (gpu) assemble_cuda(*s, filters, mixing, h, v, c, nullptr);
+  else assemble_cpu(*s, filters, mixing, h, v, c, 0, s->channels);
+}
+extern "C" void backward(const AssembleSizes* s, bool gpu, const float* h, const float* v, const float* c, const float* mixing,
+                         float* grad) {
+  if (gpu) assemble_backward_cuda(*s, h, v, c, mixing, grad, nullptr);
+  else assemble_backward_cpu(*s, h, v, c, mixing, grad, 0, s->channels);
+}
+"""
 # name: (B, C, H, W), (N, L, anchor) of the horizontal and of the vertical strip, S
 CASES = {
     "stage 1": ((1, 3, 56, 56), (3, 51, 25), (3, 51, 25), 3),
@@ -89,6 +104,8 @@ CASES = {
     "broad strips": ((2, 2, 20, 13), (9, 21, 10), (9, 21, 10), 5),
     "no image": ((0, 2, 6, 6), (3, 9, 4), (3, 9, 4), 3),
 }
+# branches, R, n, N
+ASSEMBLIES = [(1, 5, 17, 3), (2, 7, 16, 3), (16, 2, 5, 5), (3, 3, 8, 7), (2, 1, 1, 1), (1, 2, 40, 3), (2, 0, 5, 3)]
 
 
 class Sizes(ctypes.Structure):
@@ -97,15 +114,20 @@ class Sizes(ctypes.Structure):
 
 def runs_here(name: str) -> bool:
     flags = Path("/proc/cpuinfo").read_text()
-    return name in ("portable", "cuda") or (platform.machine() == "x86_64" and f" {name}{'f' * (name == 'avx512')} " in flags)
+    if name in ("portable", "cuda", "assemble"):
+        return True
+    return platform.machine() == "x86_64" and f" {name}{'f' * (name == 'avx512')} " in flags
 
 
 def compiled(folder: Path, name: str, *options: str) -> Path:
-    """A shared library with `mix`, `branches` and `backward` of one implementation."""
+    """A shared library with `mix`, `branches` and `backward` of one implementation; or with both of `assemble`."""
     shim, library = folder / f"{name}.cpp", folder / f"{name}.so"
-    shim.write_text(EMULATED if name == "cuda" else SHIM)
-    sources = [shim] if name == "cuda" else [shim, CSRC / "strips_cpu.cpp"]
-    own = ["-DSWCONV_EMULATE"] if name == "cuda" else [f"-DSWCONV_CPU={name}", *FLAGS[name]]
+    text, source, own = {
+        "cuda": (EMULATED, [], ["-DSWCONV_EMULATE"]),
+        "assemble": (ASSEMBLE, [CSRC / "assemble_cpu.cpp"], ["-DSWCONV_EMULATE"]),
+    }.get(name) or (SHIM, [CSRC / "strips_cpu.cpp"], [f"-DSWCONV_CPU={name}", *FLAGS[name]])
+    shim.write_text(text)
+    sources = [shim, *source]
     command = ["g++", "-std=c++17", "-O1", "-g", "-shared", "-fPIC", "-w", f"-I{CSRC}", *own, *options, *sources, "-o", library]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -200,8 +222,50 @@ def test_two_runs_of_the_kernels_give_the_same_bits(library):
     assert all(map(np.array_equal, [*first[0], *first[1:3], *first[3]], [*second[0], *second[1:3], *second[3]]))
 
 
+def check_assembly(library: Path, branches: int, channels: int, taps: int, small: int):
+    """The GPU's source against the CPU's, which test_strips.py holds against the matrix product."""
+    lib, sizes = ctypes.CDLL(str(library)), (ctypes.c_int64 * 4)(branches, channels, taps, small)
+    rng, count = np.random.RandomState(0), taps * small
+    filters = [rng.standard_normal((channels * taps, small, small)).astype(np.float32) for _ in range(branches)]
+    mixing = rng.randint(0, 3, (channels, 2 * taps + 1, taps)).astype(np.float32)
+    shapes = (channels, small, count), (channels, count, small), (channels, small, small)
+    grads = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+
+    def pointer(array):
+        return ctypes.c_void_p(array.ctypes.data)
+
+    def outcome(gpu):
+        kernels, grad = [np.full(shape, np.nan, np.float32) for shape in shapes], np.full_like(filters[0], np.nan)
+        lib.forward(sizes, gpu, (ctypes.c_void_p * branches)(*map(pointer, filters)), pointer(mixing), *map(pointer, kernels))
+        lib.backward(sizes, gpu, *map(pointer, grads), pointer(mixing), pointer(grad))
+        return *kernels, grad
+
+    for ours, wanted in zip(outcome(True), outcome(False), strict=True):
+        assert np.isfinite(ours).all()                                          # all of it was written
+        np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=1e-5)
+
+
+def check_all(name: str, library: Path):
+    if name == "assemble":
+        for sizes in ASSEMBLIES:
+            check_assembly(library, *sizes)
+        return
+    for case, channels_last in itertools.product(CASES, [False] if name == "cuda" else [False, True]):
+        check(library, case, channels_last)
+
+
+@pytest.fixture(scope="module")
+def assembly(tmp_path_factory):
+    return compiled(tmp_path_factory.mktemp("assemble"), "assemble")
+
+
+@pytest.mark.parametrize("sizes", ASSEMBLIES, ids=str)
+def test_filters_are_assembled_on_the_gpu_as_on_the_cpu(assembly, sizes):
+    check_assembly(assembly, *sizes)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["portable", "avx2", "cuda"])
+@pytest.mark.parametrize("name", ["portable", "avx2", "cuda", "assemble"])
 def test_the_address_sanitizer_finds_nothing(name, tmp_path):
     if not runs_here(name):
         pytest.skip(f"this processor has no {name}")
@@ -211,9 +275,7 @@ def test_the_address_sanitizer_finds_nothing(name, tmp_path):
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import test_kernels
-for case in test_kernels.CASES:
-    for channels_last in {(False,) if name == "cuda" else (False, True)}:
-        test_kernels.check({str(library)!r}, case, channels_last)
+test_kernels.check_all({name!r}, {str(library)!r})
 """
     environment = os.environ | {"LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)

@@ -77,12 +77,12 @@ using namespace swconv;
 extern "C" void forward(const AssembleSizes* s, bool gpu, const float* const* filters, const float* mixing, float* h, float* v,
                         float* c) {
   if (gpu) assemble_cuda(*s, filters, mixing, h, v, c, nullptr);
-  else assemble_cpu(*s, filters, mixing, h, v, c, 0, s->channels);
+  else assemble_kernels_portable<float>().assemble(*s, filters, mixing, h, v, c, 0, s->channels);
 }
 extern "C" void backward(const AssembleSizes* s, bool gpu, const float* h, const float* v, const float* c, const float* mixing,
                          float* grad) {
   if (gpu) assemble_backward_cuda(*s, h, v, c, mixing, grad, nullptr);
-  else assemble_backward_cpu(*s, h, v, c, mixing, grad, 0, s->channels);
+  else assemble_kernels_portable<float>().adjoint(*s, h, v, c, mixing, grad, 0, s->channels);
 }
 """
 # name: (B, C, H, W), (N, L, anchor) of the horizontal and of the vertical strip, S
@@ -124,7 +124,7 @@ def compiled(folder: Path, name: str, *options: str) -> Path:
     shim, library = folder / f"{name}.cpp", folder / f"{name}.so"
     text, source, own = {
         "cuda": (EMULATED, [], ["-DSWCONV_EMULATE"]),
-        "assemble": (ASSEMBLE, [CSRC / "assemble_cpu.cpp"], ["-DSWCONV_EMULATE"]),
+        "assemble": (ASSEMBLE, [CSRC / "assemble_cpu.cpp"], ["-DSWCONV_EMULATE", "-DSWCONV_CPU=portable"]),
     }.get(name) or (SHIM, [CSRC / "strips_cpu.cpp"], [f"-DSWCONV_CPU={name}", *FLAGS[name]])
     shim.write_text(text)
     sources = [shim, *source]

@@ -579,6 +579,23 @@ Tensor strip_mix_cuda(const Tensor x, const Tensor kernel_h, const Tensor kernel
   return y;
 }
 
+Tensor strip_branches_adjoint_cuda(const Tensor grad_h, const Tensor grad_v, const Tensor grad_i, const Tensor kernel_h,
+                                   const Tensor kernel_v, const Tensor kernel_c, int64_t anchor_h, int64_t anchor_v) {
+  constexpr const char* op = "swconv::strip_branches_adjoint";
+  const auto s = strip_sizes(op, grad_h, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v, false);
+  require_grads(op, grad_h, {&grad_v, &grad_i}, s);
+  require_float(op, grad_h);
+  const torch::stable::accelerator::DeviceGuard guard(grad_h.get_device_index());
+  const Tensor gh = dense(grad_h), gv = dense(grad_v), gi = dense(grad_i);
+  const Tensor kh = dense(kernel_h), kv = dense(kernel_v), kc = dense(kernel_c);
+  Tensor gx = new_like(gh);
+  require_done(op, swconv::strip_branches_adjoint_cuda(
+                       s, gh.const_data_ptr<float>(), gv.const_data_ptr<float>(), gi.const_data_ptr<float>(),
+                       kh.const_data_ptr<float>(), kv.const_data_ptr<float>(), kc.const_data_ptr<float>(),
+                       gx.mutable_data_ptr<float>(), current_stream(grad_h)));
+  return gx;
+}
+
 Four strip_branches_backward_cuda(const Tensor grad_h, const Tensor grad_v, const Tensor grad_i, const Tensor x,
                                   const Tensor kernel_h, const Tensor kernel_v, const Tensor kernel_c,
                                   int64_t anchor_h, int64_t anchor_v) {
@@ -615,6 +632,8 @@ STABLE_TORCH_LIBRARY(swconv, m) {
         "-> (Tensor, Tensor, Tensor)");
   m.def("strip_branches_backward(Tensor grad_h, Tensor grad_v, Tensor grad_i, Tensor x, Tensor kernel_h, "
         "Tensor kernel_v, Tensor kernel_c, int anchor_h, int anchor_v) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("strip_branches_adjoint(Tensor grad_h, Tensor grad_v, Tensor grad_i, Tensor kernel_h, Tensor kernel_v, "
+        "Tensor kernel_c, int anchor_h, int anchor_v) -> Tensor");
   m.def("strip_mix(Tensor x, Tensor kernel_h, Tensor kernel_v, Tensor kernel_c, Tensor? bias, int anchor_h, "
         "int anchor_v) -> Tensor");
 }
@@ -637,6 +656,7 @@ STABLE_TORCH_LIBRARY_IMPL(swconv, CUDA, m) {
   m.impl("assemble", TORCH_BOX(&assemble_cuda));
   m.impl("assemble_backward", TORCH_BOX(&assemble_backward_cuda));
   m.impl("strip_branches", TORCH_BOX(&strip_branches_cuda));
+  m.impl("strip_branches_adjoint", TORCH_BOX(&strip_branches_adjoint_cuda));
   m.impl("strip_branches_backward", TORCH_BOX(&strip_branches_backward_cuda));
   m.impl("strip_mix", TORCH_BOX(&strip_mix_cuda));
 }

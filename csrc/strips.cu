@@ -681,6 +681,13 @@ const char* strip_mix_cuda(const StripSizes& s, const float* x, const float* ker
   return filters(s, strips_of(s, kernel_h, kernel_v, kernel_c), x, x, x, false, bias, nullptr, y, nullptr, stream);
 }
 
+const char* strip_branches_adjoint_cuda(const StripSizes& s, const float* grad_h, const float* grad_v,
+                                        const float* grad_i, const float* kernel_h, const float* kernel_v,
+                                        const float* kernel_c, float* grad_x, void* stream) {
+  return filters(s, strips_of(s, kernel_h, kernel_v, kernel_c), grad_h, grad_v, grad_i, true, nullptr, nullptr, grad_x,
+                 nullptr, stream);
+}
+
 int64_t strip_chunks_cuda(const StripSizes& s) {
   int64_t floats;
   if (empty(s)) return 0;
@@ -693,7 +700,7 @@ const char* strip_branches_backward_cuda(const StripSizes& s, const float* grad_
                                          float* grad_kernel_h, float* grad_kernel_v, float* grad_kernel_c,
                                          void* stream) {
   const Three strips = strips_of(s, kernel_h, kernel_v, kernel_c);
-  if (const char* failed = filters(s, strips, grad_h, grad_v, grad_i, true, nullptr, nullptr, grad_x, nullptr, stream))
+  if (const char* failed = strip_branches_adjoint_cuda(s, grad_h, grad_v, grad_i, kernel_h, kernel_v, kernel_c, grad_x, stream))
     return failed;
   const int64_t chunks = strip_chunks_cuda(s), count = s.channels * strip_taps(s);
   if (chunks > 0) {

@@ -119,6 +119,9 @@ const char* strip_branches_cuda(const StripSizes& s, const float* x, const float
                                 const float* kernel_c, float* h, float* v, float* i, void* stream);
 const char* strip_mix_cuda(const StripSizes& s, const float* x, const float* kernel_h, const float* kernel_v,
                            const float* kernel_c, const float* bias, float* y, void* stream);
+const char* strip_branches_adjoint_cuda(const StripSizes& s, const float* grad_h, const float* grad_v,
+                                        const float* grad_i, const float* kernel_h, const float* kernel_v,
+                                        const float* kernel_c, float* grad_x, void* stream);
 int64_t strip_chunks_cuda(const StripSizes& s);
 const char* strip_branches_backward_cuda(const StripSizes& s, const float* grad_h, const float* grad_v,
                                          const float* grad_i, const float* x, const float* kernel_h,

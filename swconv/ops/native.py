@@ -1,7 +1,7 @@
 """The engines behind the operators: which one takes a tensor, and what torch must know of them (fake kernels, gradients).
 
 - "compiled": csrc/ in C++ on the CPU (float32, float64) and in CUDA C++ (float32); formulas and shapes in csrc/swconv.h.
-- "toeplitz": Triton on the GPU, for the strips in bfloat16, float16 and TF32.
+- "toeplitz": Triton on the GPU, for the strips in bfloat16, float16 and TF32; in float32 for kernels' gradients, of small maps.
 - "torch": plain torch, for whatever is left, and where nothing is built. SWCONV_NATIVE=0 asks for it everywhere.
 """
 
@@ -14,6 +14,7 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -97,16 +98,28 @@ def _say_once(engine: str, device: str, dtype: str) -> None:
 
 @torch.compiler.assume_constant_result
 def _toeplitz_takes(dtype: torch.dtype) -> bool:
-    """Whether the Triton engine is there for this dtype; its operators are registered by the first call."""
+    """Whether the Triton engine is there for the strips in this dtype."""
+    return dtype.is_floating_point and _toeplitz() is not None and _toeplitz().takes(dtype)
+
+
+@torch.compiler.assume_constant_result
+def _toeplitz_split() -> int:
+    """`toeplitz.SPLIT`; 0 without that engine."""
+    return 0 if _toeplitz() is None else _toeplitz().SPLIT
+
+
+@functools.cache
+def _toeplitz() -> ModuleType | None:
+    """The Triton engine, its operators registered, if it is there."""
     if os.environ.get("SWCONV_NATIVE") == "0":
-        return False
+        return None
     from swconv.ops import toeplitz  # triton takes a second to import, and only the GPU needs it
 
-    if not toeplitz.takes(dtype):
-        return False
+    if toeplitz.triton is None:
+        return None
     with _loading:
         _register_toeplitz()
-    return True
+    return toeplitz
 
 
 @functools.cache
@@ -121,12 +134,15 @@ def _register_toeplitz() -> None:
         ("branches_backward", toeplitz.strip_branches_backward, _fake_strip_branches_backward,
          f"Tensor grad_h, Tensor grad_v, Tensor grad_i, Tensor x, {strips}, int anchor_h, int anchor_v",
          "(Tensor, Tensor, Tensor, Tensor)"),
+        ("kernel_gradients", toeplitz.kernel_gradients, _fake_kernel_gradients,
+         f"Tensor grad_h, Tensor grad_v, Tensor grad_i, Tensor x, {strips}, int anchor_h, int anchor_v",
+         "(Tensor, Tensor, Tensor)"),
     ):
         op = f"swconv::toeplitz_{name}"
         torch.library.define(op, f"({arguments}) -> {results}", tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.impl(op, "cuda", function)
         torch.library.register_fake(op, fake)
-    _register_strip_gradients("toeplitz")
+    _register_strip_gradients("toeplitz", torch.ops.swconv.toeplitz_branches_backward)
 
 
 @functools.cache
@@ -148,6 +164,7 @@ def _fake_relayout(x, last):
 
 
 @torch.compiler.assume_constant_result
+@functools.cache
 def _on_gpu(op: str) -> bool:
     return available() and torch._C._dispatch_has_kernel_for_dispatch_key(f"swconv::{op}", "CUDA")
 
@@ -185,7 +202,8 @@ def _register() -> None:
     torch.library.register_fake("swconv::strip_branches", _fake_strip_branches)
     torch.library.register_fake("swconv::strip_mix", _fake_strip_mix)
     torch.library.register_fake("swconv::strip_branches_backward", _fake_strip_branches_backward)
-    _register_strip_gradients("strip")
+    torch.library.register_fake("swconv::strip_branches_adjoint", _fake_strip_branches_adjoint)
+    _register_strip_gradients("strip", _strip_branches_backward)
 
 
 def _differentiable(op: str, backward: Callable, save: Callable, flat: Callable = _as_is, nested: Callable = _as_is) -> None:
@@ -278,8 +296,23 @@ def _fake_strip_mix(x, kernel_h, kernel_v, kernel_c, bias, anchor_h, anchor_v):
 
 
 def _fake_strip_branches_backward(grad_h, grad_v, grad_i, x, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v):
-    kernels = (torch.empty_like(k, memory_format=torch.contiguous_format) for k in (kernel_h, kernel_v, kernel_c))
-    return _empty_like(x), *kernels
+    return _empty_like(x), *_fake_kernel_gradients(None, None, None, None, kernel_h, kernel_v, kernel_c, None, None)
+
+
+def _fake_strip_branches_adjoint(grad_h, grad_v, grad_i, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v):
+    return _empty_like(grad_h)
+
+
+def _fake_kernel_gradients(grad_h, grad_v, grad_i, x, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v):
+    return tuple(torch.empty_like(k, memory_format=torch.contiguous_format) for k in (kernel_h, kernel_v, kernel_c))
+
+
+def _strip_branches_backward(grad_h, grad_v, grad_i, x, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v):
+    """By csrc/; of small maps on a GPU, the kernels' gradients by the Toeplitz engine."""
+    grads, rest, ops = (grad_h, grad_v, grad_i), (kernel_h, kernel_v, kernel_c, anchor_h, anchor_v), torch.ops.swconv
+    if x.is_cuda and max(x.shape[2], x.shape[3]) <= _toeplitz_split():
+        return ops.strip_branches_adjoint(*grads, *rest), *ops.toeplitz_kernel_gradients(*grads, x, *rest)
+    return ops.strip_branches_backward(*grads, x, *rest)
 
 
 def _save_strip_branches(ctx, inputs, output):
@@ -287,10 +320,8 @@ def _save_strip_branches(ctx, inputs, output):
     ctx.save_for_backward(*tensors)
 
 
-def _register_strip_gradients(engine: str) -> None:
-    """Of `<engine>_branches` and `<engine>_mix`, both by `<engine>_branches_backward`."""
-    adjoint = getattr(torch.ops.swconv, f"{engine}_branches_backward")
-
+def _register_strip_gradients(engine: str, adjoint: Callable) -> None:
+    """Of `<engine>_branches` and `<engine>_mix`, both by `adjoint`, whose arguments are those of strip_branches_backward."""
     def as_read(grad):
         return relaid(grad, torch.contiguous_format) if grad.is_cuda else grad
 

@@ -170,10 +170,10 @@ def _operands(x: Tensor, *weights: Tensor | None) -> tuple[str | Tensor | None, 
     """
     if x.is_cuda:
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-        x = native.relaid(x.to(dtype), torch.contiguous_format)
+        x = native.relaid(x if x.dtype == dtype else x.to(dtype), torch.contiguous_format)
     engine = native.strip_engine(x)
     if engine != "toeplitz":
-        weights = tuple(weight if weight is None else weight.to(x.dtype) for weight in weights)
+        weights = tuple(w if w is None or w.dtype == x.dtype else w.to(x.dtype) for w in weights)
     return engine, x, *weights
 
 

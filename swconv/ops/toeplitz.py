@@ -6,9 +6,10 @@ T the lines' matrices (the strips themselves: csrc/swconv.h):
 
     h = sum_dy X[y + dy, :] T_h[dy]      v = sum_dx T_v[dx] X[:, x + dx]      i as h, the small kernel being a short strip
 
-and the gradient of the taps of one line is the sums along the diagonals of X[y + dy, :]^T grad_h. Sums are in float32, each
-in one order, so a call repeats bit for bit. Zeros of the matrices are multiplied, too: an infinity or NaN in x spreads over
-its map beyond the reach of the taps, and over the maps that share its tile.
+and the gradient of the taps of one line is the sums along the diagonals of X[y + dy, :]^T grad_h. Of maps of at most 64 pixels
+each is one row, and a kernel is one matrix from all pixels to all: h = X T_h, and its gradient is sums over X^T grad_h. Sums
+are in float32, each in one order, so a call repeats bit for bit. Zeros of the matrices are multiplied, too: an infinity or NaN
+in x spreads over its map beyond the reach of the taps, and over the maps that share its tile.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ jit = functools.partial(triton.jit, do_not_specialize=(
 )) if triton else lambda kernel: kernel
 
 PROGRAMS = 1024                          # what a launch is cut into, at least: some for each of 100 to 150 multiprocessors
+SPLIT = 32                               # longest side of maps, px, whose kernels' gradients are taken from csrc/ in float32
+WHOLE = 64                               # pixels of a map that is one row: 64 x 64 is what a product on tensor cores likes
 ROOM = 99 * 1024                         # bytes of shared memory that a program may have where there is no GPU to ask
 
 
@@ -109,7 +112,24 @@ def strip_branches_backward(
     grad_x = torch.empty_like(x)
     grads = (grad_h,) if grad_h is grad_v is grad_i else (grad_h, grad_v, grad_i)
     _convolve(grads, (kernel_h, kernel_v, kernel_c), (anchor_h, anchor_v), (grad_x,), sign=-1)
-    return grad_x, *_correlate(x, (grad_h, grad_v, grad_i), (kernel_h, kernel_v, kernel_c), (anchor_h, anchor_v))
+    return grad_x, *kernel_gradients(grad_h, grad_v, grad_i, x, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v)
+
+
+def kernel_gradients(
+    grad_h: Tensor,
+    grad_v: Tensor,
+    grad_i: Tensor,
+    x: Tensor,
+    kernel_h: Tensor,
+    kernel_v: Tensor,
+    kernel_c: Tensor,
+    anchor_h: int,
+    anchor_v: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of `strip_branches_backward`. In float32 that torch may not round to TF32, three products of it make one, which is
+    exact to about float32's last bit; it is faster than CUDA C++ on maps of at most SPLIT px a side (on an H100)."""
+    grads = tuple(maps.contiguous() for maps in (grad_h, grad_v, grad_i))
+    return _correlate(x.contiguous(), grads, (kernel_h, kernel_v, kernel_c), (anchor_h, anchor_v))
 
 
 # ---- launches
@@ -130,13 +150,12 @@ def _convolve(
     kernel_h, kernel_v, kernel_c = (kernel.contiguous() for kernel in kernels)
     sizes = (*kernel_h.shape[2:], *kernel_v.shape[2:], kernel_c.shape[2])
     joint = len(outputs) == 1
-    single = joint and len(inputs) == 1
-    hold, grid, numbers, constants = _convolution(
-        *x.shape, x.element_size(), *_gpu(x.get_device()), *sizes, *anchors, single, PROGRAMS
+    form, grid, numbers, constants = _convolution(
+        *x.shape, x.element_size(), *_gpu(x.get_device()), *sizes, *anchors, len(inputs), len(outputs), PROGRAMS
     )
     x_h, x_v, x_c = inputs if len(inputs) == 3 else (x, None, None)
     y_h, y_v, y_c = (None, None, *outputs) if joint else outputs
-    kernel = held_kernel if hold else convolve_kernel
+    kernel = {"whole": whole_kernel, "held": held_kernel, "cut": convolve_kernel}[form]
     with torch.cuda.device_of(x):
         kernel[grid](x_h, x_v, x_c, y_h, y_v, y_c, kernel_h, kernel_v, kernel_c, bias, *numbers, SIGN=sign,
                      JOINT=joint, **constants)
@@ -145,9 +164,17 @@ def _convolve(
 @functools.lru_cache(maxsize=1024)
 def _convolution(
     images: int, channels: int, height: int, width: int, itemsize: int, room: int, warps: int, breadth_h: int, length_h: int,
-    length_v: int, breadth_v: int, small: int, anchor_h: int, anchor_v: int, single: bool, programs: int,
-) -> tuple[bool, tuple[int, int, int], tuple[int, ...], dict[str, Any]]:
-    """Whether to hold the matrices; then the kernel's grid, numbers and constants. `single`: one input and one output."""
+    length_v: int, breadth_v: int, small: int, anchor_h: int, anchor_v: int, inputs: int, outputs: int, programs: int,
+) -> tuple[str, tuple[int, int, int], tuple[int, ...], dict[str, Any]]:
+    """The kernel: "whole" maps, matrices "held", or maps "cut"; then its grid, numbers and constants."""
+    single = inputs == outputs == 1
+    if height * width <= WHOLE:
+        constants = _whole(height, width, itemsize, *((32, 4) if inputs == 3 else (64, 8)))
+        groups = triton.cdiv(images, constants["ROWS"])
+        share = min(max(channels * groups // programs, 1), 32)
+        return "whole", (channels, 1, triton.cdiv(groups, share)), (
+            images, height, width, length_h, length_v, anchor_h, anchor_v, share
+        ), {"BREADTH_H": breadth_h, "BREADTH_V": breadth_v, "SMALL": small, "FOLD": single, **constants}
     fold = single and small <= breadth_h and small // 2 <= anchor_h < length_h - small // 2
     rows, cols = max(_side(height, 64), 32), _side(width, 64)
     most = max(breadth_h, breadth_v, small) + 1               # tiles at a time
@@ -159,10 +186,10 @@ def _convolution(
     pitch = _pitch(height, rows)
     tiles = triton.cdiv(height, rows) * triton.cdiv(width, cols)
     groups = triton.cdiv(images, rows // pitch)
-    share = min(max(channels * tiles * groups // programs, 1), 32)
+    share = min(max(channels * tiles * groups // (max(programs // 2, 1) if hold and cols > 16 else programs), 1), 32)
     grid = channels, tiles, triton.cdiv(groups, share)
     numbers = images, height, width, length_h, length_v, anchor_h, anchor_v, share
-    return hold, grid, numbers, {
+    return "held" if hold else "cut", grid, numbers, {
         "BREADTH_H": breadth_h, "BREADTH_V": breadth_v, "SMALL": small, "FOLD": fold, "ROWS": rows, "COLS": cols,
         "PITCH": pitch, "ALIGN": _align(width, itemsize), **({"MOVE": moves} if hold else {}),
         "num_warps": 4 if not hold else warps if rows == 64 else 2, "num_stages": 1,
@@ -176,48 +203,69 @@ def _correlate(
     if x.numel() == 0:
         return tuple(kernel.new_zeros(kernel.shape) for kernel in kernels)
     sizes = [side for kernel in kernels for side in kernel.shape[2:]][:5]
-    grid, room, numbers, parts, constants, own = _correlation(*x.shape, x.element_size(), *sizes, *anchors, PROGRAMS)
+    precision = "tf32" if takes(x.dtype) else "tf32x3"
+    grid, room, numbers, parts, constants, own = _correlation(
+        *x.shape, x.element_size(), precision, *sizes, *anchors, max(PROGRAMS // 2, 1)
+    )
     partials = torch.empty(sum(room), dtype=torch.float32, device=x.device).split(room)
     results = tuple(torch.empty_like(kernel, memory_format=torch.contiguous_format) for kernel in kernels)
     taps = triton.next_power_of_2(max(kernel[0].numel() for kernel in kernels))
     with torch.cuda.device_of(x):
-        correlate_kernel[grid](x, *grads, *partials, *numbers, *parts, **constants, **own)
-        collect_kernel[grid[0], 3](*partials, *results, sizes[1], sizes[2], *anchors, *parts, **constants, TAPS=taps)
+        if x.shape[2] * x.shape[3] <= WHOLE:
+            whole_correlate_kernel[grid](x, *grads, *partials, *numbers, **constants, **own)
+        else:
+            correlate_kernel[grid](x, *grads, *partials, *numbers, *parts, **constants, **own)
+        collect_kernel[grid[0], 3](*partials, *results, sizes[1], sizes[2], *anchors, *parts, **constants, TAPS=taps,
+                                   num_warps=min(max(taps // 32, 1), 16))
     return results
 
 
 @functools.lru_cache(maxsize=1024)
 def _correlation(
-    images: int, channels: int, height: int, width: int, itemsize: int, breadth_h: int, length_h: int, length_v: int,
-    breadth_v: int, small: int, anchor_h: int, anchor_v: int, programs: int,
-) -> tuple[tuple[int, int], list[int], tuple[int, ...], tuple[int, ...], dict[str, int], dict[str, int]]:
+    images: int, channels: int, height: int, width: int, itemsize: int, precision: str, breadth_h: int, length_h: int,
+    length_v: int, breadth_v: int, small: int, anchor_h: int, anchor_v: int, programs: int,
+) -> tuple[tuple[int, ...], list[int], tuple[int, ...], tuple[int, ...], dict[str, int], dict[str, int]]:
     """Of the horizontal strip, the vertical and the small kernel, which is one more horizontal strip: the grid; numbers of
     partial; the kernel's own numbers; blocks before, shifts and chunks of the three; constants, and the kernel's own."""
-    side_h, side_v = _side(width, 64), _side(height, 64)
-    rows_h, rows_v = max(1024 // side_h, 32), max(1024 // side_v, 32)
-    pitch_h, pitch_v = _pitch(height, rows_h), _pitch(width, rows_v)
+    if height * width <= WHOLE:
+        side_h, side_v = triton.next_power_of_2(width), triton.next_power_of_2(height)
+        own = _whole(height, width, itemsize, 64, 4) if precision == "tf32x3" else _whole(height, width, itemsize, 128, 8)
+        groups = triton.cdiv(images, own["ROWS"])
+        share = max(channels * groups // programs, 1)         # and three programs for each share
+        befores, shifts, chunks = [0] * 3, [1] * 3, [triton.cdiv(groups, share)] * 3
+        items, grid = chunks, (channels, chunks[0], 3)
+    else:
+        side_h, side_v = _side(width, 64), _side(height, 64)
+        rows_h, rows_v = max(1024 // side_h, 32), max(1024 // side_v, 32)
+        pitch_h, pitch_v = _pitch(height, rows_h), _pitch(width, rows_v)
 
-    def part(along: int, across: int, side: int, rows: int, pitch: int, length: int, anchor: int) -> tuple[int, int, int]:
-        """Blocks before, shifts, tiles of the gradient."""
-        blocks = triton.cdiv(along, side)
-        before, after = (min(triton.cdiv(reach, side), blocks - 1) for reach in (anchor, length - 1 - anchor))
-        return before, before + 1 + after, triton.cdiv(images, rows // pitch) * triton.cdiv(across, rows) * blocks
+        def part(along: int, across: int, side: int, rows: int, pitch: int, length: int, anchor: int) -> tuple[int, int, int]:
+            """Blocks before, shifts, tiles of the gradient."""
+            blocks = triton.cdiv(along, side)
+            before, after = (min(triton.cdiv(reach, side), blocks - 1) for reach in (anchor, length - 1 - anchor))
+            return before, before + 1 + after, triton.cdiv(images, rows // pitch) * triton.cdiv(across, rows) * blocks
 
-    befores, shifts, works = zip(
-        part(width, height, side_h, rows_h, pitch_h, length_h, anchor_h),
-        part(height, width, side_v, rows_v, pitch_v, length_v, anchor_v),
-        part(width, height, side_h, rows_h, pitch_h, small, small // 2), strict=True,
-    )
-    share = max(channels * sum(map(operator.mul, shifts, works)) // (3 * programs), 1)
-    chunks = [triton.cdiv(work, share) for work in works]
-    items = [*map(operator.mul, shifts, chunks)]
+        befores, shifts, works = zip(
+            part(width, height, side_h, rows_h, pitch_h, length_h, anchor_h),
+            part(height, width, side_v, rows_v, pitch_v, length_v, anchor_v),
+            part(width, height, side_h, rows_h, pitch_h, small, small // 2), strict=True,
+        )
+        share = max(channels * sum(map(operator.mul, shifts, works)) // (3 * programs), 1)
+        chunks = [triton.cdiv(work, share) for work in works]
+        items = [*map(operator.mul, shifts, chunks)]
+        grid = channels, sum(items)
+        own = {"ROWS_H": rows_h, "ROWS_V": rows_v, "PITCH_H": pitch_h, "PITCH_V": pitch_v, "ALIGN": _align(width, itemsize),
+               "num_warps": max(side_h, side_v) // 16, "num_stages": 1}
     lines = breadth_h * side_h, breadth_v * side_v, small * side_h
     room = [channels * count * 2 * line for count, line in zip(items, lines, strict=True)]
     constants = {"BREADTH_H": breadth_h, "BREADTH_V": breadth_v, "SMALL": small, "SIDE_H": side_h, "SIDE_V": side_v}
-    return (channels, sum(items)), room, (images, height, width, share), (*befores, *shifts, *chunks), constants, {
-        "ROWS_H": rows_h, "ROWS_V": rows_v, "PITCH_H": pitch_h, "PITCH_V": pitch_v, "ALIGN": _align(width, itemsize),
-        "num_warps": max(side_h, side_v) // 16, "num_stages": 1,
-    }
+    return grid, room, (images, height, width, share), (*befores, *shifts, *chunks), constants, own | {"PRECISION": precision}
+
+
+def _whole(height: int, width: int, itemsize: int, images: int, warps: int) -> dict[str, int]:
+    """Constants of the kernels for small maps, tiles of so many images."""
+    return {"ROWS": images, "PIXELS": _side(height * width, WHOLE), "ALIGN": _align(height * width, itemsize),
+            "num_warps": warps, "num_stages": 1}
 
 
 @functools.cache
@@ -417,6 +465,77 @@ def held_kernel(
 
 
 @jit
+def _maps(group, channel, images, height, width, ROWS: tl.constexpr, ALIGN: tl.constexpr):
+    """`_plane` of a tile whose rows are whole maps, one of each of ROWS images."""
+    pixels = height * width // ALIGN * ALIGN                  # tells the compiler
+    return _plane(group, channel, images, 1, pixels, ROWS, 1, False)
+
+
+@jit
+def _whole_matrix(taps, height, width, PIXELS: tl.constexpr, DTYPE: tl.constexpr):
+    """Matrix from all pixels to all of taps by displacement, (256,), as `whole_kernel` numbers them."""
+    pixels = tl.arange(0, PIXELS)
+    numbers = pixels // width * (2 * width - 1) + pixels % width
+    displaced = numbers[:, None] - numbers[None, :] + (height - 1) * (2 * width - 1) + width - 1
+    found = tl.gather(taps, tl.reshape(displaced, (PIXELS * PIXELS,)) & 255, 0)      # any tap where a pixel is off the map
+    return tl.reshape(found, (PIXELS, PIXELS)).to(DTYPE)
+
+
+@jit
+def whole_kernel(
+    x_h, x_v, x_c, y_h, y_v, y_c, kernel_h, kernel_v, kernel_c, bias,
+    images, height, width, length_h, length_v, anchor_h, anchor_v, share,
+    BREADTH_H: tl.constexpr, BREADTH_V: tl.constexpr, SMALL: tl.constexpr, SIGN: tl.constexpr,
+    JOINT: tl.constexpr, FOLD: tl.constexpr, ROWS: tl.constexpr, PIXELS: tl.constexpr, ALIGN: tl.constexpr,
+):
+    """`held_kernel` of maps of at most 64 pixels: a tile is ROWS maps, each a row. FOLD: one matrix is the sum of the three.
+
+    A channel's taps are read once, by displacement of the input from the output: 15 * 15 are the most, of 8 x 8 pixels.
+    """
+    channel = tl.program_id(0)
+    rows, cols = tl.zeros((ROWS,), tl.int32), tl.arange(0, PIXELS)
+    DTYPE: tl.constexpr = x_h.dtype.element_ty
+    first = tl.program_id(2) * share
+
+    strip_h, strip_v, strip_c = _strips(
+        kernel_h, kernel_v, kernel_c, channel, length_h, length_v, anchor_h, anchor_v, BREADTH_H, BREADTH_V, SMALL
+    )
+    number = tl.arange(0, 256)
+    down, right = number // (2 * width - 1) - (height - 1), number % (2 * width - 1) - (width - 1)
+    taps_h = _band(strip_h, down, right, BREADTH_H, 0, SIGN, tl.float32)
+    taps_v = _band(strip_v, right, down, BREADTH_V, 0, SIGN, tl.float32)
+    taps_c = _band(strip_c, down, right, SMALL, 0, SIGN, tl.float32)
+    if FOLD:
+        held_h = _whole_matrix(taps_h + taps_v + taps_c, height, width, PIXELS, DTYPE)
+    else:
+        held_h = _whole_matrix(taps_h, height, width, PIXELS, DTYPE)
+        held_v = _whole_matrix(taps_v, height, width, PIXELS, DTYPE)
+        held_c = _whole_matrix(taps_c, height, width, PIXELS, DTYPE)
+
+    for group in range(first, tl.minimum(first + share, tl.cdiv(images, ROWS))):
+        plane = _maps(group, channel, images, height, width, ROWS, ALIGN)
+        none = tl.zeros((ROWS, PIXELS), tl.float32)
+        seen = _load(x_h, plane, rows, cols)
+        total = tl.dot(seen, held_h, none, input_precision="tf32")
+        if not FOLD:
+            if not JOINT:
+                _store(y_h, plane, rows, cols, total)
+                total = none
+            if x_v is not None:
+                seen = _load(x_v, plane, rows, cols)
+            total = tl.dot(seen, held_v, total, input_precision="tf32")
+            if not JOINT:
+                _store(y_v, plane, rows, cols, total)
+                total = none
+            if x_v is not None:
+                seen = _load(x_c, plane, rows, cols)
+            total = tl.dot(seen, held_c, total, input_precision="tf32")
+        if bias is not None:
+            total += tl.load(bias + channel).to(tl.float32)
+        _store(y_c, plane, rows, cols, total)
+
+
+@jit
 def _reach(strip, start, extent, SIDE: tl.constexpr, SIGN: tl.constexpr):
     """Blocks of inputs, first and past the last, that the taps reach from the block of outputs at start."""
     kernel, line_step, tap_step, length, anchor, small = strip
@@ -506,6 +625,7 @@ def convolve_kernel(
 def _correlate_strip(
     x, grad, partial, item, images, height, width, before, shifts, share,
     BREADTH: tl.constexpr, UPRIGHT: tl.constexpr, SIDE: tl.constexpr, ROWS: tl.constexpr, PITCH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """One channel, one displacement of the inputs from the outputs in blocks of SIDE, a share of the work.
 
@@ -531,7 +651,7 @@ def _correlate_strip(
         sums = ()
         for line in tl.static_range(BREADTH):
             seen = _load(x, plane, rows + line - BREADTH // 2, outputs + shift)
-            sums = sums + (tl.dot(tl.trans(seen), wanted, grams[line], input_precision="tf32"),)
+            sums = sums + (tl.dot(tl.trans(seen), wanted, grams[line], input_precision=PRECISION),)
         grams = sums
 
     turn = cols[:, None] + cols[None, :]
@@ -550,6 +670,7 @@ def correlate_kernel(
     before_h, before_v, before_c, shifts_h, shifts_v, shifts_c, chunks_h, chunks_v, chunks_c,
     BREADTH_H: tl.constexpr, BREADTH_V: tl.constexpr, SMALL: tl.constexpr, SIDE_H: tl.constexpr, SIDE_V: tl.constexpr,
     ROWS_H: tl.constexpr, ROWS_V: tl.constexpr, PITCH_H: tl.constexpr, PITCH_V: tl.constexpr, ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """`_correlate_strip` of the horizontal strip, then of the vertical, then of the small kernel."""
     width = width // ALIGN * ALIGN                            # tells the compiler
@@ -557,13 +678,59 @@ def correlate_kernel(
     items_h, items_v = shifts_h * chunks_h, shifts_v * chunks_v
     if item < items_h:
         _correlate_strip(x, grad_h, partial_h, item, images, height, width, before_h, shifts_h, share,
-                         BREADTH_H, False, SIDE_H, ROWS_H, PITCH_H)
+                         BREADTH_H, False, SIDE_H, ROWS_H, PITCH_H, PRECISION)
     elif item < items_h + items_v:
         _correlate_strip(x, grad_v, partial_v, item - items_h, images, height, width, before_v, shifts_v, share,
-                         BREADTH_V, True, SIDE_V, ROWS_V, PITCH_V)
+                         BREADTH_V, True, SIDE_V, ROWS_V, PITCH_V, PRECISION)
     else:
         _correlate_strip(x, grad_c, partial_c, item - items_h - items_v, images, height, width, before_c, shifts_c, share,
-                         SMALL, False, SIDE_H, ROWS_H, PITCH_H)
+                         SMALL, False, SIDE_H, ROWS_H, PITCH_H, PRECISION)
+
+
+@jit
+def _correlate_whole(
+    x, grad, partial, images, height, width, share, BREADTH: tl.constexpr, UPRIGHT: tl.constexpr, SIDE: tl.constexpr,
+    ROWS: tl.constexpr, PIXELS: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """One channel, a share of the groups of images: sums over the pixels of grad of what x has at each displacement from them.
+
+    partial as of `_correlate_strip`, of one shift.
+    """
+    channel, chunk = tl.program_id(0), tl.program_id(1)
+    rows, cols = tl.zeros((ROWS,), tl.int32), tl.arange(0, PIXELS)
+    gram = tl.zeros((PIXELS, PIXELS), tl.float32)             # X[:, inputs]^T grad[:, outputs]
+    for group in range(chunk * share, tl.minimum((chunk + 1) * share, tl.cdiv(images, ROWS))):
+        plane = _maps(group, channel, images, height, width, ROWS, ALIGN)
+        gram = tl.dot(tl.trans(_load(x, plane, rows, cols)), _load(grad, plane, rows, cols), gram, input_precision=PRECISION)
+
+    outputs, along = cols[None, :], tl.arange(0, 2 * SIDE)
+    for line in range(BREADTH):
+        across = tl.full((2 * SIDE,), line - BREADTH // 2, tl.int32)
+        down, right = (along - SIDE, across) if UPRIGHT else (across, along - SIDE)
+        row, col = outputs // width + down[:, None], outputs % width + right[:, None]
+        inside = (row >= 0) & (row < height) & (col >= 0) & (col < width) & (outputs < height * width)
+        found = tl.gather(gram, tl.where(inside, row * width + col, 0), 0)
+        target = partial + ((chunk * tl.num_programs(0) + channel) * BREADTH + line) * 2 * SIDE
+        tl.store(target + along, tl.sum(tl.where(inside, found, 0.0), 1))
+
+
+@jit
+def whole_correlate_kernel(
+    x, grad_h, grad_v, grad_c, partial_h, partial_v, partial_c, images, height, width, share,
+    BREADTH_H: tl.constexpr, BREADTH_V: tl.constexpr, SMALL: tl.constexpr, SIDE_H: tl.constexpr, SIDE_V: tl.constexpr,
+    ROWS: tl.constexpr, PIXELS: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """`correlate_kernel` of maps of at most 64 pixels, tiles as in `whole_kernel`."""
+    part = tl.program_id(2)
+    if part == 0:
+        _correlate_whole(x, grad_h, partial_h, images, height, width, share, BREADTH_H, False, SIDE_H, ROWS, PIXELS, ALIGN,
+                         PRECISION)
+    elif part == 1:
+        _correlate_whole(x, grad_v, partial_v, images, height, width, share, BREADTH_V, True, SIDE_V, ROWS, PIXELS, ALIGN,
+                         PRECISION)
+    else:
+        _correlate_whole(x, grad_c, partial_c, images, height, width, share, SMALL, False, SIDE_H, ROWS, PIXELS, ALIGN,
+                         PRECISION)
 
 
 @jit

@@ -34,6 +34,12 @@ CASES = {
     "small kernel broader than the strips": ((1, 1, 8, 8), (3, 7, 3), (3, 7, 2), 5),
     "small kernel past the strip's end": ((1, 1, 8, 8), (3, 7, 0), (3, 7, 3), 3),
     "unequal strips": ((1, 2, 6, 11), (7, 5, 3), (3, 9, 2), 3),
+    "whole maps, three tiles": ((150, 5, 7, 7), (3, 15, 6), (3, 15, 6), 3),
+    "64 pixels": ((65, 2, 8, 8), (5, 21, 20), (3, 9, 0), 7),
+    "64 pixels in a row": ((2, 1, 1, 64), (3, 51, 24), (3, 51, 25), 3),
+    "a column": ((2, 2, 37, 1), (3, 51, 24), (7, 99, 60), 5),
+    "one more than 64 pixels": ((2, 1, 5, 13), (3, 15, 6), (3, 15, 6), 3),
+    "few pixels": ((5, 2, 3, 4), (3, 3, 0), (1, 4, 3), 3),
 }
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 NETWORK = {"num_classes": 4, "depths": (1, 1), "dims": (8, 12), "kernel_sizes": (13, 5), "layer_scale_init": 1.0}
@@ -116,7 +122,7 @@ def test_every_engine_is_the_operator_and_repeats_its_bits(engine, case, layout)
 
 
 @pytest.mark.parametrize("engine", ENGINES, indirect=True)
-@pytest.mark.parametrize("case", ["stage 1", "stage 3", "stage 4"])
+@pytest.mark.parametrize("case", ["stage 1", "stage 3", "stage 4", "whole maps, three tiles"])
 def test_a_batch_in_pieces_gives_the_same_bits(engine, case):
     dtype, _ = engine
     (x, *kernels, bias), _, anchors = arguments(case)
@@ -156,6 +162,15 @@ def test_torch_accepts_the_operators_of_the_gpu(engine, op):
     name = native.strip_engine(x).replace("compiled", "strip")
     given = (x, *kernels, *([bias] if op == "mix" else []), *anchors)
     torch.library.opcheck(getattr(torch.ops.swconv, f"{name}_{op}").default, given)
+
+
+def test_torch_accepts_the_parts_of_the_gradient_in_float32():
+    (x, *kernels, _), upstream, anchors = arguments("low map")
+    x, *kernels = (t.to("cuda", torch.float32) for t in (x, *kernels))
+    grads = [g.to("cuda", torch.float32) for g in upstream]
+    assert native.strip_engine(x.bfloat16()) == "toeplitz"
+    torch.library.opcheck(torch.ops.swconv.strip_branches_adjoint.default, (*grads, *kernels, *anchors))
+    torch.library.opcheck(torch.ops.swconv.toeplitz_kernel_gradients.default, (*grads, x, *kernels, *anchors))
 
 
 @pytest.mark.parametrize("op", ["shift_add", "shift_add_atomic"])

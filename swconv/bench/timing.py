@@ -314,6 +314,8 @@ def captured(calls: Sequence[Call], memory: Any = None) -> Call | None:
     except RuntimeError as error:
         log.info("not captured as a CUDA graph, so called: %s", str(error).partition("\n")[0])
         torch.cuda.synchronize()
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):                # or random numbers go on to wait for the failed one
+            torch.zeros(1, device="cuda")
         return None
     del results
     graph.replay()

@@ -164,9 +164,13 @@ def _fake_relayout(x, last):
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def _on_gpu(op: str) -> bool:
-    return available() and torch._C._dispatch_has_kernel_for_dispatch_key(f"swconv::{op}", "CUDA")
+    return available() and _has_gpu_kernel(op)
+
+
+@functools.cache
+def _has_gpu_kernel(op: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"swconv::{op}", "CUDA")
 
 
 @functools.cache

@@ -34,7 +34,7 @@ jit = functools.partial(triton.jit, do_not_specialize=(
     "shifts_h", "shifts_v", "shifts_c", "chunks_h", "chunks_v", "chunks_c",
 )) if triton else lambda kernel: kernel
 
-PROGRAMS = 1024                          # what a launch is cut into, at least: some for each of 100 to 150 multiprocessors
+PROGRAMS = 1024                          # what a launch is cut into, about: some for each of 100 to 150 multiprocessors
 SPLIT = 32                               # longest side of maps, px, whose kernels' gradients are taken from csrc/ in float32
 WHOLE = 64                               # pixels of a map that is one row: 64 x 64 is what a product on tensor cores likes
 ROOM = 99 * 1024                         # bytes of shared memory that a program may have where there is no GPU to ask
@@ -203,9 +203,9 @@ def _correlate(
     if x.numel() == 0:
         return tuple(kernel.new_zeros(kernel.shape) for kernel in kernels)
     sizes = [side for kernel in kernels for side in kernel.shape[2:]][:5]
-    precision = "tf32" if takes(x.dtype) else "tf32x3"
+    precision, programs = ("tf32", max(PROGRAMS // 2, 1)) if takes(x.dtype) else ("tf32x3", PROGRAMS)
     grid, room, numbers, parts, constants, own = _correlation(
-        *x.shape, x.element_size(), precision, *sizes, *anchors, max(PROGRAMS // 2, 1)
+        *x.shape, x.element_size(), precision, *sizes, *anchors, programs
     )
     partials = torch.empty(sum(room), dtype=torch.float32, device=x.device).split(room)
     results = tuple(torch.empty_like(kernel, memory_format=torch.contiguous_format) for kernel in kernels)

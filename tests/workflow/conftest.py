@@ -85,7 +85,7 @@ class Project:
 
 @pytest.fixture(scope="session")
 def fresh(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """As a clone is: the files that git knows or would add, and nothing made."""
+    """As a clone is: the files that git knows or would add, each newer than the one before, and nothing made."""
     project = Project(tmp_path_factory.mktemp("fresh") / "project")
     listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(listing, cwd=ROOT, check=True, capture_output=True, text=True)
@@ -93,7 +93,7 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Project:
         source, target = ROOT / name, project.root / name
         if source.is_file():
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, target)
+            shutil.copy(source, target)
     for name in ("dvc.lock", "reports/table2.md", "reports/table2.csv", "reports/table2.provenance.json"):
         (project.root / name).unlink(missing_ok=True)
     project.activate("smoke", [0], "artifacts/smoke/reports")

@@ -71,12 +71,17 @@ class Turn:
 
 @dataclass(frozen=True)
 class Pace:
-    """How long a comparison lasts: until both `seconds` and `rounds` are over. Calls shorter than `sample` are repeated."""
+    """How long a comparison lasts: until both `seconds` and `rounds` are over. Calls shorter than `sample` are repeated.
+
+    Before every sample come so many `untimed` calls: the contender before it leaves caches full of what is still to be written
+    to memory, and threads asleep, which a short call would pay for.
+    """
 
     seconds: float
     rounds: int
     sample: float = 2e-3
     probes: int = 3
+    untimed: int = 0
 
 
 @dataclass(frozen=True)
@@ -147,6 +152,8 @@ def compare(
                     torch.set_num_threads(n)
                     ways[0].run()                                     # the pool of threads is made anew
                 for c in order.sample(range(len(contenders)), len(contenders)):
+                    for _ in range(pace.untimed):
+                        ways[c].run()
                     samples[n, c].append(seconds_per_call(ways[c].run, runs[c], cuda) / ways[c].calls)
     finally:
         gc.enable()

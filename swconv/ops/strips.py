@@ -12,6 +12,8 @@ from torch import Tensor
 
 from swconv.ops import native
 
+MOST_BRANCHES = 16                       # that the compiled `assemble` adds up itself on a GPU: kMostBranches of csrc/swconv.h
+
 
 def assemble(filters: Tensor | Sequence[Tensor], mixing: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sum the filters of all edges into their slots. Differentiable in the filters.
@@ -40,6 +42,8 @@ def assemble(filters: Tensor | Sequence[Tensor], mixing: Tensor) -> tuple[Tensor
             f"assemble needs filters (R * n, 1, N, N) with R * n = {channels} * {taps} as in mixing, got "
             f"{', '.join(str(tuple(branch.shape)) for branch in branches)}. Were both made for the same layer?"
         )
+    if len(branches) > MOST_BRANCHES:
+        branches = [sum(branches)]
     if native.handles(branches[0], "assemble") and mixing.dtype == branches[0].dtype:
         return native.call("assemble", branches, mixing)
     return assemble_ref(sum(branches), mixing)

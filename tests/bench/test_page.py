@@ -36,7 +36,7 @@ def record():
         "hardware": {"cpu": "Some CPU", "cores": 2, "gpu": None}, "versions": {"torch": "2.11"},
         "flags": {"threads": 2, "SWCONV_CPU": None},
         "plan": {"threads": [1, 2], "batches": [1, 8], "image": 224, "pool": 2**20, "product": 64,
-                 "precisions": ["float32"], "deciding": ["float32"],
+                 "precisions": ["float32"], "deciding": ["float32"], "forward": {"untimed": 0},
                  "stages": [{"number": 1, "side": 56, "channels": 60, "extent": 51, "small": 3, "blocks": 3, "batch": 2}]},
         "tolerance": {"operator": {"float32": 1e-5}, "network": {"float32": 1e-4}}, "launches": [],
         "ceilings": [{"threads": n, "precision": "float32", "flop_per_s": n * 4e9, "bytes_per_s": 8e9} for n in (1, 2)],
@@ -179,6 +179,11 @@ def test_the_head_tells_machine_commit_versions_flags_and_errors(record):
     assert "Versions: torch 2.11. Flags: threads 2." in text
     assert "2 threads: 8 GFLOP/s (float32 product of side 64), 8.0 GB/s" in text
     assert "was 3.0e-07 (stage 1, (a) two-step as published; 1e-05 would" in text
+
+
+def test_calls_that_were_not_timed_are_told(record):
+    assert "not taken" not in page.render(record)
+    assert "not taken" in page.render(record | {"plan": record["plan"] | {"forward": {"untimed": 1}}})
 
 
 def test_a_trial_and_changes_that_are_not_committed_are_told(record):

@@ -37,6 +37,19 @@ def test_short_calls_are_repeated_within_a_sample():
     assert row["median_ms"] < 4
 
 
+def test_untimed_calls_come_before_every_sample():
+    calls, pace = [], Pace(seconds=0.0, rounds=3, sample=0.0, probes=1, untimed=1)
+
+    def call(name):
+        calls.append(name)
+        time.sleep(0.001 if calls.count(name) % 2 == 0 else 0.04)     # warm, probe, untimed, timed, untimed, ...
+
+    rows = compare([Contender({}, {"only": lambda name=name: call(name)}) for name in "ab"], [1], pace, cuda=False)
+    assert [calls.count(name) for name in "ab"] == [8, 8]
+    assert all(len({*calls[start : start + 2]}) == 1 for start in range(4, 16, 2))
+    assert all(row["q3_ms"] < 20 for row in rows)
+
+
 def test_threads_are_compared_in_the_same_rounds_and_set_back():
     seen, before = [], torch.get_num_threads()
     rows = compare([Contender({}, {"only": lambda: seen.append(torch.get_num_threads())})], [1, 2], PACE, cuda=False)

@@ -292,7 +292,7 @@ def test_a_network_trains_among_processes_with_torch_s_own_synchronised_norm(tmp
 
 
 # branches, R, n, N
-ASSEMBLIES = [(1, 5, 17, 3), (2, 246, 16, 3), (16, 3, 11, 5), (2, 4, 8, 7), (2, 3, 6, 9)]
+ASSEMBLIES = [(1, 5, 17, 3), (2, 246, 16, 3), (16, 3, 11, 5), (18, 3, 5, 3), (2, 4, 8, 7), (2, 3, 6, 9)]
 
 
 def assembly(branches, channels, taps, small):
@@ -328,4 +328,4 @@ def test_torch_accepts_the_assembly_of_the_gpu_which_says_how_many_branches_it_t
     torch.library.opcheck(torch.ops.swconv.assemble.default, (filters, mixing))
     torch.library.opcheck(torch.ops.swconv.assemble_backward.default, (*(grad.float().cuda() for grad in upstream), mixing))
     with pytest.raises(RuntimeError, match="needs at most 16 Rep branches on the GPU, got 17. Add some of them up before."):
-        assemble(filters[:1] * 17, mixing)
+        torch.ops.swconv.assemble(filters[:1] * 17, mixing)

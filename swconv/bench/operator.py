@@ -99,7 +99,7 @@ CPU = Plan(
     ),
     threads=(1, 2), precisions=("float32",), deciding=("float32",), pool=2**27, network={}, image=224,
     batches=(1, 8), product=2048, copied=2**28,
-    forward=Pace(4, 9, 5e-3, untimed=1), training=Pace(8, 7, 5e-3, probes=2, untimed=1), counts=Pace(4, 15, 5e-3, untimed=1),
+    forward=Pace(4, 9, 1e-2, untimed=1), training=Pace(8, 7, 1e-2, probes=2, untimed=1), counts=Pace(4, 15, 1e-2, untimed=1),
     whole=Pace(12, 5, probes=2),
 )
 CUDA = replace(                                                       # what decides first: a GPU is lent for minutes

@@ -344,8 +344,8 @@ def _method(record: Mapping[str, Any]) -> str:
                "padding, inside the\nconvolution or before it, that was")
     ordinary = "" if cuda else (", which spares the large maps of the two-step form\nmost; an ordinary process is one that was "
                                 "not told so")
-    untimed = ("A call whose time was not taken went before: else short calls would pay for what the contender before left to be "
-               "written\nto memory, and for waking the threads.\n") if plan["forward"].get("untimed") else ""
+    untimed = ("A call whose time was not taken went before: else short calls would pay for what the contender before left to "
+               "be\nwritten to memory, and for waking the threads.\n") if plan["forward"].get("untimed") else ""
     graphs = ("\n\nThe operator was timed as CUDA graphs, each with a call for every set of inputs: launches by the CPU, which "
               "would hide the kernels, are told apart. Ours ran in both memory formats, as did (d) 7x7 in bfloat16, all else "
               "contiguous only, for which torch has depthwise kernels of its own; of both formats one that took more than "

@@ -144,12 +144,15 @@ Tables checked_tables(const char* op, const Tensor& maps, const Tensor& pad_h, c
   return {dense(pad_h), dense(pad_v), dense(pick)};
 }
 
-// A filter index from a foreign table must not read outside the maps. On the GPU the caller answers for it.
+// A filter index from a foreign table must not read outside the maps, and the adjoint looks for it in its own channel only. On
+// the GPU the caller answers for it.
 void require_picks(const char* op, const Tables& tables) {
-  const int64_t filters = tables.pad_h.size(0);
-  for (int64_t j = 0; j < tables.pick.numel(); ++j)
-    require(tables.p()[j] >= 0 && tables.p()[j] < filters, op, " needs pick between 0 and R * n - 1 = ", filters - 1,
-            ", got ", tables.p()[j], ". Are its entries absolute filter indices?");
+  const int64_t edges = tables.pick.size(1), taps = tables.pad_h.size(0) / tables.pick.size(0);
+  for (int64_t j = 0; j < tables.pick.numel(); ++j) {
+    const int64_t first = j / edges * taps;
+    require(tables.p()[j] >= first && tables.p()[j] < first + taps, op, " needs pick between ", first, " and ",
+            first + taps - 1, " in row ", j / edges, ", got ", tables.p()[j], ". Are its entries absolute filter indices?");
+  }
 }
 
 swconv::ShiftSizes forward_sizes(const char* op, const Tensor& maps, const Tables& t, int64_t halo) {

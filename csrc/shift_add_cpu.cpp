@@ -39,8 +39,8 @@ void shift_add_cpu(const ShiftSizes& s, const T* maps, const int32_t* pad_h, con
     for (T* out : {out_h, out_v, out_i}) std::fill(out, out + plane, T(0));
     for (int64_t e = 0; e < s.edges; ++e) {
       for (int64_t c = r * s.taps; c < (r + 1) * s.taps; ++c) {
-        add_moved(map(c), s.halo, -pad_h[c * s.edges + e], out_h, s.height, s.width);
-        add_moved(map(c), -pad_v[c * s.edges + e], s.halo, out_v, s.height, s.width);
+        add_moved(map(c), s.halo, -int64_t{pad_h[c * s.edges + e]}, out_h, s.height, s.width);
+        add_moved(map(c), -int64_t{pad_v[c * s.edges + e]}, s.halo, out_v, s.height, s.width);
       }
       add_moved(map(pick[r * s.edges + e]), s.halo, s.halo, out_i, s.height, s.width);
     }

@@ -83,6 +83,9 @@ class ShiftwiseConv2d(nn.Module):
         self.merged = self.in_input_order = False
 
     def forward(self, x: Tensor) -> Tensor:
+        channels = len(self.mixed) + len(self.ghost)
+        if x.dim() != 4 or x.shape[1] != channels:
+            raise ValueError(f"ShiftwiseConv2d needs x of shape (B, {channels}, H, W), got {tuple(x.shape)}.")
         if self.in_input_order:
             return self._forward_absorbed(x)
         mixed, ghost = self.split(x)                                          # (B, R, H, W), (B, C - R, H, W)
@@ -200,7 +203,7 @@ class ShiftwiseConv2d(nn.Module):
             y = y - sum(self._borders(x, kernel_h, kernel_v))
         if self.filter_bias is not None:
             size = [length + 2 * self.halo for length in x.shape[2:]]
-            y = y + sum(self.shift(self.filter_bias[None, :, None, None].expand(1, -1, *size).contiguous()))
+            y = y + sum(self.shift(self.filter_bias[None, :, None, None].expand(1, -1, *size))).to(y.dtype)
         return y
 
     def _borders(self, mixed: Tensor, kernel_h: Tensor, kernel_v: Tensor) -> tuple[Tensor, Tensor]:

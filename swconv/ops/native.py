@@ -2,7 +2,8 @@
 
 - "compiled": csrc/ in C++ on the CPU (float32, float64) and in CUDA C++ (float32); formulas and shapes in csrc/swconv.h.
 - "toeplitz": Triton on the GPU, for the strips in bfloat16, float16 and TF32; in float32 for kernels' gradients, of small maps.
-- "torch": plain torch, for whatever is left, and where nothing is built. SWCONV_NATIVE=0 asks for it everywhere.
+- "torch": plain torch, for whatever is left, where nothing is built, under torch.func and forward-mode differentiation, and for
+  gradients that are to be differentiated themselves (create_graph). SWCONV_NATIVE=0 asks for it everywhere.
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 LIBRARY = Path(__file__).resolve().parents[1] / "_C.abi3.so"
+OPERATORS = ("shift_add", "shift_add_atomic", "shift_add_backward", "assemble", "assemble_backward", "strip_branches",
+             "strip_mix", "strip_branches_backward", "strip_branches_adjoint")
 
 _loading = threading.Lock()
 _gradients: dict[str, Callable] = {}     # an operator by an autograd Function
@@ -36,6 +40,8 @@ def available() -> bool:
 
 def handles(x: Tensor, op: str = "strip_branches") -> bool:
     """Whether a compiled operator takes this tensor: float32 or float64 on the CPU, float32 on the GPU."""
+    if transformed():
+        return False
     if x.device.type == "cpu":
         return x.dtype in (torch.float32, torch.float64) and available()
     return x.device.type == "cuda" and x.dtype == torch.float32 and _on_gpu(op)
@@ -43,11 +49,20 @@ def handles(x: Tensor, op: str = "strip_branches") -> bool:
 
 def strip_engine(x: Tensor) -> str:
     """"compiled", "toeplitz" or "torch": the best engine that takes this tensor through the strips. Says so once."""
+    if transformed():
+        return "torch"
     half = x.is_cuda and _toeplitz_takes(x.dtype)
     name = "toeplitz" if half else "compiled" if handles(x) else "torch"
     if not x.is_meta:
         _say(name, x.device.type, str(x.dtype))
     return name
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation follows the call: only torch's own operators carry that on."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def call(op: str, *arguments: Any) -> Any:
@@ -66,7 +81,7 @@ def call(op: str, *arguments: Any) -> Any:
 
 def layout(x: Tensor) -> torch.memory_format:
     """channels_last where x is laid out so and not also contiguous."""
-    last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    last = not x.is_contiguous() and not transformed() and x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.contiguous_format
 
 
@@ -186,6 +201,13 @@ def _load() -> bool:
             torch.__version__, LIBRARY, error,
         )
         return False
+    missing = [op for op in OPERATORS if not hasattr(torch.ops.swconv, op)]
+    if missing:
+        _log.warning(
+            "The compiled operators need a library made of this csrc/, and %s lacks %s. Plain torch does the work; run "
+            "`python -m swconv build` to build it anew.", LIBRARY, ", ".join(missing),
+        )
+        return False
     _register()
     return True
 
@@ -234,6 +256,13 @@ def _differentiable(op: str, backward: Callable, save: Callable, flat: Callable 
     _gradients[op] = lambda *arguments: Differentiable.apply(*flat(*arguments))
 
 
+def _again(outputs, inputs, grads):
+    """The gradients of plain torch, which can be differentiated again; None where an input needs none."""
+    asked = [tensor for tensor in inputs if tensor.requires_grad]
+    found = iter(torch.autograd.grad(outputs, asked, grads, create_graph=True))
+    return tuple(next(found) if tensor.requires_grad else None for tensor in inputs)
+
+
 # ---- two-step form
 
 
@@ -254,6 +283,13 @@ def _save_shift_add(ctx, inputs, output):
 
 
 def _shift_add_backward(ctx, grad_h, grad_v, grad_i):
+    if torch.is_grad_enabled():
+        from swconv.ops.shift import shift_add_ref
+
+        images, channels, height, width = grad_h.shape
+        maps = grad_h.new_zeros(images, channels * ctx.taps, height + 2 * ctx.halo, width + 2 * ctx.halo, requires_grad=True)
+        outputs = shift_add_ref(maps, *ctx.saved_tensors, ctx.halo)
+        return *_again(outputs, [maps], (grad_h, grad_v, grad_i)), None, None, None, None
     grad_maps = torch.ops.swconv.shift_add_backward(grad_h, grad_v, grad_i, *ctx.saved_tensors, ctx.halo, ctx.taps)
     return grad_maps, None, None, None, None
 
@@ -279,6 +315,13 @@ def _save_assemble(ctx, inputs, output):
 
 
 def _assemble_backward(ctx, grad_h, grad_v, grad_c):
+    if torch.is_grad_enabled():
+        from swconv.ops.strips import assemble_ref
+
+        (mixing,) = ctx.saved_tensors
+        channels, _, taps = mixing.shape
+        filters = mixing.new_zeros(channels * taps, 1, *grad_c.shape[2:], requires_grad=True)
+        return list(_again(assemble_ref(filters, mixing), [filters], (grad_h, grad_v, grad_c))) * ctx.branches, None
     grad = torch.ops.swconv.assemble_backward(grad_h, grad_v, grad_c, *ctx.saved_tensors)
     return [grad] * ctx.branches, None
 
@@ -319,15 +362,26 @@ def _strip_branches_backward(grad_h, grad_v, grad_i, x, kernel_h, kernel_v, kern
     return ops.strip_branches_backward(*grads, x, *rest)
 
 
+def _strip_adjoint_ref(grad_h, grad_v, grad_i, x, kernel_h, kernel_v, kernel_c, anchor_h, anchor_v):
+    from swconv.ops.strips import strip_branches_ref
+
+    kernels = kernel_h, kernel_v, kernel_c
+    outputs = strip_branches_ref(x, *(kernel.to(x.dtype) for kernel in kernels), anchor_h, anchor_v)
+    return _again(outputs, [x, *kernels], (grad_h, grad_v, grad_i))
+
+
 def _save_strip_branches(ctx, inputs, output):
     *tensors, ctx.anchor_h, ctx.anchor_v = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _register_strip_gradients(engine: str, adjoint: Callable) -> None:
-    """Of `<engine>_branches` and `<engine>_mix`, both by `adjoint`, whose arguments are those of strip_branches_backward."""
+def _register_strip_gradients(engine: str, kernel: Callable) -> None:
+    """Of `<engine>_branches` and `<engine>_mix`, both by `kernel`, whose arguments are those of strip_branches_backward."""
     def as_read(grad):
         return relaid(grad, torch.contiguous_format) if grad.is_cuda else grad
+
+    def adjoint(*arguments):
+        return (_strip_adjoint_ref if torch.is_grad_enabled() else kernel)(*arguments)
 
     def branches_backward(ctx, *grads):
         return *adjoint(*map(as_read, grads), *ctx.saved_tensors, ctx.anchor_h, ctx.anchor_v), None, None

@@ -36,11 +36,12 @@ def shift_add(
     Parameters
     ----------
     maps : Tensor of shape (B, R * n, H + 2 * halo, W + 2 * halo)
-        Responses of the small filters; channel r * n + k is filter k of channel r. Zero outside.
+        Responses of the small filters; channel r * n + k is filter k of channel r. Zero outside. Half precision is added up in
+        float32.
     pad_h, pad_v : int32 Tensor of shape (R * n, E)
         Displacement of each map on each edge, in pixels (`ShiftTables.pads`).
     pick : int Tensor of shape (R, E)
-        The map of each channel and edge that stays in place.
+        The map of each channel and edge that stays in place: its index among all, r * n to r * n + n - 1.
     halo : int
         Border of the maps around the output, in pixels: padding - N // 2.
 
@@ -52,10 +53,13 @@ def shift_add(
     Raises
     ------
     ValueError
-        When the number of maps is not R * n, the maps are smaller than their halo, a pick lies outside the maps, or
-        tables and maps are on different devices.
+        When the number of maps is not R * n, the maps are smaller than their halo or not floating point, a pick is of another
+        channel, or tables and maps are on different devices.
     """
     _check(maps, pad_h, pad_v, pick, halo)
+    if maps.dtype in (torch.bfloat16, torch.float16):
+        h, v, i = (part.to(maps.dtype) for part in shift_add(maps.float(), pad_h, pad_v, pick, halo))
+        return h, v, i
     if native.handles(maps, "shift_add"):
         return torch.ops.swconv.shift_add(maps, pad_h.int(), pad_v.int(), pick.int(), halo)
     return shift_add_ref(maps, pad_h, pad_v, pick, halo)
@@ -79,7 +83,8 @@ def _slide(maps: Tensor, pad: Tensor, channels: int, halo: int) -> Tensor:
     """Sum over edges of maps moved along the last axis by `pad`, cut to its inner part. (B, R * n, A, L) -> (B, R, A, L')."""
     length = maps.shape[3] - 2 * halo
     taps = maps.shape[1] // channels
-    out = maps.new_zeros(maps.shape[0], channels, maps.shape[2], length)
+    nothing = pad.new_empty(0)                                            # so that it has a gradient, all zero, if all leave
+    out = maps.new_zeros(maps.shape[0], channels, maps.shape[2], length).index_add(1, nothing, maps[:, :0, :, :length])
     for edge in pad.t():
         for move in edge.unique().tolist():
             low, high = max(0, move), min(length, length + 2 * halo + move)
@@ -92,22 +97,34 @@ def _slide(maps: Tensor, pad: Tensor, channels: int, halo: int) -> Tensor:
 
 
 def _check(maps: Tensor, pad_h: Tensor, pad_v: Tensor, pick: Tensor, halo: int) -> None:
-    count, channels = pad_h.shape[0], pick.shape[0]
-    if maps.dim() != 4 or maps.shape[1] != count or count % channels or pad_v.shape != pad_h.shape:
+    tables = pad_h, pad_v, pick
+    fits = all(table.dim() == 2 and table.numel() for table in tables) and pad_h.shape == pad_v.shape
+    count, channels = (pad_h.shape[0], pick.shape[0]) if fits else (0, 1)
+    if not fits or count % channels or pad_h.shape[1] != pick.shape[1] or maps.dim() != 4 or maps.shape[1] != count:
         raise ValueError(
-            f"shift_add needs maps of shape (B, {count}, H, W) for pad_h of shape {tuple(pad_h.shape)}, pad_v alike and "
-            f"pick of shape (R, E), got maps {tuple(maps.shape)}, pad_v {tuple(pad_v.shape)}, pick {tuple(pick.shape)}. "
+            f"shift_add needs maps (B, R * n, H, W), pad_h and pad_v (R * n, E) and pick (R, E), got maps {tuple(maps.shape)}, "
+            f"pad_h {tuple(pad_h.shape)}, pad_v {tuple(pad_v.shape)} and pick {tuple(pick.shape)}. "
             "Were maps and tables made for the same kernel size?"
         )
+    if not maps.is_floating_point() or any(table.is_floating_point() or table.is_complex() for table in tables):
+        kinds = ", ".join(str(tensor.dtype) for tensor in (maps, *tables))
+        raise ValueError(f"shift_add needs floating-point maps and tables of whole numbers, got {kinds}.")
     if halo < 0 or min(maps.shape[2:]) <= 2 * halo:
         raise ValueError(f"shift_add needs maps larger than two halos of {halo} >= 0, got {tuple(maps.shape[2:])}.")
-    if any(table.device != maps.device for table in (pad_h, pad_v, pick)):
-        places = ", ".join(str(tensor.device) for tensor in (maps, pad_h, pad_v, pick))
+    if any(table.device != maps.device for table in tables):
+        places = ", ".join(str(tensor.device) for tensor in (maps, *tables))
         raise ValueError(f"shift_add needs maps and tables on one device, got {places}. Move them with .to(maps.device).")
     # Looking at a GPU's tables would make the CPU wait for it, and a graph cannot look at all.
-    look = pick.device.type == "cpu" and not torch.compiler.is_compiling()
-    if look and (int(pick.min()) < 0 or int(pick.max()) >= count):
+    if pick.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    taps = count // channels
+    strange = (pick.div(taps, rounding_mode="floor") != torch.arange(channels)[:, None]).nonzero()
+    if len(strange):
+        row, edge = strange[0].tolist()
         raise ValueError(
-            f"shift_add needs pick between 0 and R * n - 1 = {count - 1}, got {int(pick.min())} to {int(pick.max())}. "
-            "Are its entries absolute filter indices?"
+            f"shift_add needs pick between {row * taps} and {row * taps + taps - 1} in row {row}, the filters of that channel, "
+            f"got {int(pick[row, edge])}. Are its entries absolute filter indices?"
         )
+    far = max(int(pad.abs().max()) if pad.dtype == torch.int64 else 0 for pad in (pad_h, pad_v))
+    if far >= 2**31:
+        raise ValueError(f"shift_add needs displacements of less than 2**31 pixels, got {far}.")

@@ -32,19 +32,23 @@ def assemble(filters: Tensor | Sequence[Tensor], mixing: Tensor) -> tuple[Tensor
     Raises
     ------
     ValueError
-        When filters and mixing do not fit.
+        When filters and mixing do not fit each other, in shape, dtype or device.
     """
     branches = [filters] if isinstance(filters, Tensor) else list(filters)
-    channels, _, taps = mixing.shape
-    small = branches[0].shape[-1]
-    if any(branch.shape != (channels * taps, 1, small, small) for branch in branches):
+    channels, rows, taps = mixing.shape if mixing.dim() == 3 else (0, 0, 0)
+    small = branches[0].shape[-1] if branches and branches[0].dim() else 0
+    if rows != 2 * taps + 1 or not small % 2 or any(b.shape != (channels * taps, 1, small, small) for b in branches):
         raise ValueError(
-            f"assemble needs filters (R * n, 1, N, N) with R * n = {channels} * {taps} as in mixing, got "
-            f"{', '.join(str(tuple(branch.shape)) for branch in branches)}. Were both made for the same layer?"
+            "assemble needs filters (R * n, 1, N, N) with odd N, and mixing (R, 2 * n + 1, n), got filters "
+            f"{', '.join(str(tuple(b.shape)) for b in branches) or 'none'} and mixing {tuple(mixing.shape)}. "
+            "Were both made for the same layer?"
         )
+    if not mixing.is_floating_point() or any(b.dtype != mixing.dtype or b.device != mixing.device for b in branches):
+        kinds = ", ".join(f"{tensor.dtype} on {tensor.device}" for tensor in (*branches, mixing))
+        raise ValueError(f"assemble needs filters and mixing of one floating-point dtype on one device, got {kinds}.")
     if len(branches) > MOST_BRANCHES:
         branches = [sum(branches)]
-    if native.handles(branches[0], "assemble") and mixing.dtype == branches[0].dtype:
+    if native.handles(mixing, "assemble"):
         return native.call("assemble", branches, mixing)
     return assemble_ref(sum(branches), mixing)
 
@@ -156,7 +160,7 @@ def half_border(x: Tensor, kernel_h: Tensor, extent: int) -> Tensor:
     """
     channels, _, small, length = kernel_h.shape
     half, width, taps = small // 2, x.shape[3], length // small
-    filters = kernel_h.view(channels, small, taps, small).transpose(1, 2).reshape(channels * taps, 1, small, small)
+    filters = kernel_h.to(x.dtype).view(channels, small, taps, small).transpose(1, 2).reshape(channels * taps, 1, small, small)
     left = F.pad(x[..., :half], (2 * half, max(0, half - width), half, half))
     right = F.pad(x[..., -half:], (max(0, half - width), 2 * half, half, half))
     sides = [F.conv2d(side, filters, groups=channels) for side in (left, right)]          # (B, C * n, H, half) each

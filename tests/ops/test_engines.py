@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -140,6 +141,70 @@ def test_half_precision_is_taken_by_every_function(dtype):
     assert strip_mix(x.to(dtype), *k, torch.zeros(3)).dtype == dtype  # kernels are rounded to x's dtype
 
 
+@pytest.mark.parametrize("arguments", [{"norm": "filter"}, {"padding": "half"}], ids=str)
+def test_a_layer_keeps_the_dtype_of_half_precision_and_sums_in_float32(arguments):
+    torch.manual_seed(0)
+    layer = ShiftwiseConv2d(9, 25, **arguments).eval()
+    x = torch.randn(2, 9, 20, 20)
+    expected = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (layer(x) - expected).norm() < 0.005 * expected.norm()
+    layer.reparameterize()
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
+    assert (layer(x.bfloat16()) - expected).norm() < 0.01 * expected.norm()
+
+
+def functions():
+    """Every operator as a function of tensors that may need gradients, and such tensors in float64."""
+    tables, mixing = ShiftTables.draw(2, 3, 2), ShiftTables.draw(2, 3, 2).mixing().double()
+    pads = tables.pads(9, 3, 2)
+    torch.manual_seed(2)
+    x, k, bias = torch.randn(2, 2, 4, 5).double(), kernels(2, 3), torch.randn(2).double()
+    filters, maps = [torch.randn(6, 1, 3, 3).double() for _ in range(2)], torch.randn(2, 6, 6, 7).double()
+    return {"branches": (lambda *a: strip_branches(*a, 4, 4), (x, *k)), "mix": (lambda *a: strip_mix(*a, 4, 4), (x, *k, bias)),
+            "assemble": (lambda *f: assemble(f, mixing), filters),
+            "shift_add": (lambda m: shift_add(m, *pads, tables.pick, 1), (maps,))}
+
+
+@pytest.mark.parametrize("name", functions())
+def test_gradients_can_be_differentiated(name):
+    function, inputs = functions()[name]
+    assert torch.autograd.gradgradcheck(function, [t.requires_grad_() for t in inputs])
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")      # by torch itself
+@pytest.mark.parametrize("name", functions())
+def test_forward_mode_and_torch_func_see_through_the_operators(name):
+    function, inputs = functions()[name]
+    inputs = tuple(inputs)
+
+    def total(*inputs):
+        out = function(*inputs)
+        return sum(part.square().sum() for part in (out if isinstance(out, tuple) else (out,)))
+
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    wanted = torch.autograd.grad(total(*leaves), leaves)
+    got = torch.func.grad(total, argnums=tuple(range(len(inputs))))(*inputs)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+    _, slope = torch.func.jvp(total, inputs, inputs)
+    torch.testing.assert_close(slope, sum((a * b).sum() for a, b in zip(wanted, inputs, strict=True)))
+
+
+def test_layers_have_gradients_per_image():
+    layer, x = ShiftwiseConv2d(9, 13).double().eval(), torch.randn(3, 9, 6, 5).double()
+    weights = dict(layer.named_parameters())
+
+    def total(weights, image):
+        return torch.func.functional_call(layer, weights, (image[None],)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(total), (None, 0))(weights, x)
+    for name, grad in torch.func.grad(lambda w: torch.func.functional_call(layer, w, (x,)).square().sum())(weights).items():
+        torch.testing.assert_close(each[name].sum(0), grad, atol=1e-10, rtol=1e-10)
+    layer(x).square().sum().backward()
+    torch.testing.assert_close(each["filters.0"].sum(0), layer.filters[0].grad, atol=1e-10, rtol=1e-10)
+
+
 @pytest.mark.parametrize("form", ["training", "merged"])
 def test_a_network_compiles_into_one_graph_and_is_exported(form):
     model, x = network().eval(), torch.randn(2, 3, 32, 32)
@@ -160,21 +225,62 @@ def test_which_engine_runs_is_said_once(caplog):
     assert [record.getMessage() for record in caplog.records] == ["The SW operator runs on cpu in float32: compiled csrc/"]
 
 
-def test_without_a_build_plain_torch_does_the_same():
-    code = """
+TELL = """
+import sys
+from pathlib import Path
 import torch
 from swconv.ops import ShiftwiseConv2d, native
+native.LIBRARY = Path(sys.argv[1] or native.LIBRARY)
 torch.manual_seed(0)
-layer = ShiftwiseConv2d(8, 13)
-print(native.strip_engine(torch.zeros(1)), layer(torch.arange(8 * 81.).view(1, 8, 9, 9) / 648).double().abs().sum().item())
+layer, x = ShiftwiseConv2d(8, 13).double(), torch.arange(8 * 81.).view(1, 8, 9, 9).double().requires_grad_()
+y = layer(x / 648)
+y.square().sum().backward()
+print(native.strip_engine(x), y.square().sum().item(), x.grad.square().sum().item(), layer.filters[0].grad.norm().item())
 """
-    told = {}
-    for asked in ("0", "1"):
-        done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"SWCONV_NATIVE": asked}, capture_output=True,
-                              text=True, check=True)
-        told[asked] = done.stdout.split()
-    assert (told["0"][0], told["1"][0]) == ("torch", "compiled")
-    assert float(told["0"][1]) == pytest.approx(float(told["1"][1]), rel=1e-5)
+
+
+def told(library: str = "", **environment: str) -> tuple[str, list[float], str]:
+    """The engine, what a training step of a layer gives, and what is logged, in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", TELL, library], env=os.environ | environment, capture_output=True, text=True,
+                          check=True)
+    engine, *values = done.stdout.split()
+    return engine, [float(value) for value in values], done.stderr
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    engine, values, _ = told()
+    assert engine == "compiled"
+    return values
+
+
+def test_without_a_build_plain_torch_does_the_same(compiled, tmp_path):
+    for engine, values, _ in (told(SWCONV_NATIVE="0"), told(str(tmp_path / "missing.so"))):
+        assert engine == "torch"
+        assert values == pytest.approx(compiled, rel=1e-9)
+
+
+@pytest.mark.parametrize("content", ["int not_ours;", None], ids=["of other sources", "of another kind"])
+def test_a_library_that_does_not_fit_is_told_and_plain_torch_does_the_same(content, compiled, tmp_path):
+    library = tmp_path / "_C.abi3.so"
+    if content is None:
+        library.write_bytes(b"no library")
+    else:
+        subprocess.run(["g++", "-shared", "-x", "c++", "-", "-o", library], input=content, text=True, check=True)
+    engine, values, logged = told(str(library))
+    assert engine == "torch"
+    assert values == pytest.approx(compiled, rel=1e-9)
+    assert "Plain torch does the work; run `python -m swconv build` to build it anew." in logged
+
+
+@pytest.mark.parametrize("instructions", ["portable", "avx2", "avx512"])
+def test_every_set_of_instructions_in_the_library_does_the_same(instructions, compiled):
+    flag = {"avx512": " avx512f "}.get(instructions, f" {instructions} ")
+    if instructions != "portable" and flag not in Path("/proc/cpuinfo").read_text():
+        pytest.skip(f"this processor has no {instructions}")
+    engine, values, _ = told(SWCONV_CPU=instructions)
+    assert engine == "compiled"
+    assert values == pytest.approx(compiled, rel=1e-12)
 
 
 X = torch.zeros(1, 3, 8, 8)
@@ -188,10 +294,19 @@ PAD, PICK = torch.zeros(6, 1, dtype=torch.int32), torch.tensor([[0], [3]])
     (lambda: strip_mix(X.to("meta"), *KERNELS), "strips need x and kernels on one device, got meta, cpu, cpu, cpu."),
     (lambda: strip_mix(X, *KERNELS, torch.zeros(4)), "strip_mix needs a bias of shape (3,), one per channel of x, got (4,)."),
     (lambda: strip_branches(X, *KERNELS, 15), "anchors must lie on the strips of 15 and 15 taps, got 15 and 7."),
-    (lambda: shift_add(torch.zeros(1, 6, 8, 8), PAD, PAD, PICK + 3, 1), "shift_add needs pick between 0 and R * n - 1 = 5"),
+    (lambda: shift_add(torch.zeros(1, 6, 8, 8), PAD, PAD, PICK + 3, 1), "shift_add needs pick between 0 and 2 in row 0, the"),
+    (lambda: shift_add(torch.zeros(1, 6, 8, 8), PAD, PAD, PICK - 1, 1), "the filters of that channel, got -1. Are its entries"),
+    (lambda: shift_add(torch.zeros(1, 6, 8, 8), PAD, PAD, PICK[:0], 1), "and pick (0, 1). Were maps and tables made for the"),
+    (lambda: shift_add(torch.zeros(1, 6, 8, 8), PAD, PAD, PICK[:, :0], 1), "pick (R, E), got maps (1, 6, 8, 8), pad_h (6, 1)"),
+    (lambda: shift_add(torch.zeros(1, 6, 8, 8), PAD, PAD, PICK[:, 0], 1), "and pick (2,)."),
+    (lambda: shift_add(torch.zeros(1, 6, 8, 8), PAD + 0.5, PAD, PICK, 1), "whole numbers, got torch.float32, torch.float32"),
+    (lambda: shift_add(torch.zeros(1, 6, 8, 8).long(), PAD, PAD, PICK, 1), "needs floating-point maps and tables"),
+    (lambda: shift_add(torch.zeros(1, 6, 8, 8), PAD.long() + 2**32, PAD, PICK, 1), "less than 2**31 pixels, got 4294967296."),
     (lambda: shift_add(torch.zeros(1, 6, 8, 8), PAD, PAD, PICK, -1), "shift_add needs maps larger than two halos of -1 >= 0"),
     (lambda: shift_add(torch.zeros(1, 6, 8, 8, device="meta"), PAD, PAD, PICK, 1), "needs maps and tables on one device"),
-    (lambda: shift_add(torch.zeros(1, 5, 8, 8), PAD, PAD, PICK, 1), "shift_add needs maps of shape (B, 6, H, W)"),
+    (lambda: shift_add(torch.zeros(1, 5, 8, 8), PAD, PAD, PICK, 1), "shift_add needs maps (B, R * n, H, W), pad_h and"),
+    (lambda: ShiftwiseConv2d(9, 13)(torch.zeros(1, 12, 8, 8)), "needs x of shape (B, 9, H, W), got (1, 12, 8, 8)."),
+    (lambda: ShiftwiseConv2d(9, 13)(torch.zeros(9, 8, 8)), "ShiftwiseConv2d needs x of shape (B, 9, H, W), got (9, 8, 8)."),
 ])
 def test_wrong_arguments_are_told_before_any_memory_is_touched(call, sentence):
     with pytest.raises(ValueError) as raised:                         # noqa: PT011  the sentence is compared below

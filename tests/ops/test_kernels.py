@@ -25,26 +25,26 @@ SHIM = """
 #include <algorithm>
 #include <vector>
 using namespace swconv;
-#define KERNELS(name) strip_kernels_##name<float>()
+#define KERNELS(name) strip_kernels_##name<REAL>()
 #define OF(name) KERNELS(name)
-extern "C" void mix(const StripSizes* s, const float* x, const float* kh, const float* kv, const float* kc,
-                    const float* bias, float* y) {
+extern "C" void mix(const StripSizes* s, const REAL* x, const REAL* kh, const REAL* kv, const REAL* kc,
+                    const REAL* bias, REAL* y) {
   const auto k = OF(SWCONV_CPU);
   k.mix(*s, x, kh, kv, kc, bias, y, 0, strip_tasks(*s, k.lanes));
 }
-extern "C" void branches(const StripSizes* s, const float* x, const float* kh, const float* kv, const float* kc, float* h,
-                         float* v, float* i) {
+extern "C" void branches(const StripSizes* s, const REAL* x, const REAL* kh, const REAL* kv, const REAL* kc, REAL* h,
+                         REAL* v, REAL* i) {
   const auto k = OF(SWCONV_CPU);
   k.branches(*s, x, kh, kv, kc, h, v, i, 0, strip_tasks(*s, k.lanes));
 }
-extern "C" void backward(const StripSizes* s, const float* gh, const float* gv, const float* gi, const float* x,
-                         const float* kh, const float* kv, const float* kc, float* gx, float* gkh, float* gkv, float* gkc) {
+extern "C" void backward(const StripSizes* s, const REAL* gh, const REAL* gv, const REAL* gi, const REAL* x,
+                         const REAL* kh, const REAL* kv, const REAL* kc, REAL* gx, REAL* gkh, REAL* gkv, REAL* gkc) {
   const auto k = OF(SWCONV_CPU);
   const int64_t taps = strip_taps(*s);
-  std::vector<float> partial(strip_chunks(*s) * s->channels * taps);
+  std::vector<REAL> partial(strip_chunks(*s) * s->channels * taps);
   k.backward(*s, gh, gv, gi, x, kh, kv, kc, gx, partial.data(), 0, strip_tasks(*s, k.lanes));
   const int64_t of[] = {s->length_h * s->breadth_h, s->length_v * s->breadth_v, s->small * s->small};
-  float* to[] = {gkh, gkv, gkc};
+  REAL* to[] = {gkh, gkv, gkc};
   for (int64_t r = 0; r < s->channels; ++r)
     for (int64_t part = 0, t = 0; part < 3; ++part)
       for (int64_t j = 0; j < of[part]; ++j, ++t) {
@@ -85,6 +85,18 @@ extern "C" void backward(const AssembleSizes* s, bool gpu, const float* h, const
   else assemble_kernels_portable<float>().adjoint(*s, h, v, c, mixing, grad, 0, s->channels);
 }
 """
+SHIFT = """
+#include "swconv.h"
+using namespace swconv;
+extern "C" void forward(const ShiftSizes* s, const float* maps, const int32_t* pad_h, const int32_t* pad_v, const int32_t* pick,
+                        float* h, float* v, float* i) {
+  shift_add_cpu(*s, maps, pad_h, pad_v, pick, h, v, i, 0, s->images * s->channels);
+}
+extern "C" void backward(const ShiftSizes* s, const float* h, const float* v, const float* i, const int32_t* pad_h,
+                         const int32_t* pad_v, const int32_t* pick, float* grad) {
+  shift_add_backward_cpu(*s, h, v, i, pad_h, pad_v, pick, grad, 0, s->images * s->channels * s->taps);
+}
+"""
 # name: (B, C, H, W), (N, L, anchor) of the horizontal and of the vertical strip, S
 CASES = {
     "stage 1": ((1, 3, 56, 56), (3, 51, 25), (3, 51, 25), 3),
@@ -104,6 +116,8 @@ CASES = {
     "broad strips": ((2, 2, 20, 13), (9, 21, 10), (9, 21, 10), 5),
     "no image": ((0, 2, 6, 6), (3, 9, 4), (3, 9, 4), 3),
 }
+# B, R, n, E, H, W, halo
+SHIFTS = [(2, 3, 5, 4, 9, 7, 1), (1, 2, 17, 2, 3, 12, 0), (3, 1, 1, 1, 1, 1, 2), (0, 2, 3, 2, 4, 4, 1)]
 # branches, R, n, N
 ASSEMBLIES = [(1, 5, 17, 3), (2, 7, 16, 3), (16, 2, 5, 5), (3, 3, 8, 7), (2, 1, 1, 1), (1, 2, 40, 3), (2, 0, 5, 3)]
 
@@ -113,19 +127,21 @@ class Sizes(ctypes.Structure):
 
 
 def runs_here(name: str) -> bool:
-    flags = Path("/proc/cpuinfo").read_text()
-    if name in ("portable", "cuda", "assemble"):
+    flags, name = Path("/proc/cpuinfo").read_text(), name.removesuffix("-double")
+    if name in ("portable", "cuda", "assemble", "shift"):
         return True
     return platform.machine() == "x86_64" and f" {name}{'f' * (name == 'avx512')} " in flags
 
 
 def compiled(folder: Path, name: str, *options: str) -> Path:
-    """A shared library with `mix`, `branches` and `backward` of one implementation; or with both of `assemble`."""
+    """A shared library: `mix`, `branches` and `backward` of one implementation, both of `assemble`, or those of `shift_add`."""
     shim, library = folder / f"{name}.cpp", folder / f"{name}.so"
+    cpu, _, real = name.partition("-")
     text, source, own = {
         "cuda": (EMULATED, [], ["-DSWCONV_EMULATE"]),
         "assemble": (ASSEMBLE, [CSRC / "assemble_cpu.cpp"], ["-DSWCONV_EMULATE", "-DSWCONV_CPU=portable"]),
-    }.get(name) or (SHIM, [CSRC / "strips_cpu.cpp"], [f"-DSWCONV_CPU={name}", *FLAGS[name]])
+        "shift": (SHIFT, [CSRC / "shift_add_cpu.cpp"], []),
+    }.get(name) or (SHIM, [CSRC / "strips_cpu.cpp"], [f"-DSWCONV_CPU={cpu}", f"-DREAL={real or 'float'}", *FLAGS[cpu]])
     shim.write_text(text)
     sources = [shim, *source]
     command = ["g++", "-std=c++17", "-O1", "-g", "-shared", "-fPIC", "-w", f"-I{CSRC}", *own, *options, *sources, "-o", library]
@@ -134,12 +150,12 @@ def compiled(folder: Path, name: str, *options: str) -> Path:
     return library
 
 
-def draw(case: str, channels_last: bool):
+def draw(case: str, channels_last: bool, dtype: type = np.float32):
     shape, horizontal, vertical, small = CASES[case]
     rng = np.random.RandomState(0)
 
     def tensor(*size):
-        return rng.standard_normal(size).astype(np.float32)
+        return rng.standard_normal(size).astype(dtype)
 
     maps = [tensor(*shape) for _ in range(4)]                                   # x and three gradients
     if channels_last:
@@ -191,7 +207,8 @@ def results(library: Path, sizes: Sizes, maps: list, kernels: list, bias: np.nda
 
 
 def check(library: Path, case: str, channels_last: bool):
-    sizes, maps, kernels, bias = draw(case, channels_last)
+    double = library.stem.endswith("double")
+    sizes, maps, kernels, bias = draw(case, channels_last, np.float64 if double else np.float32)
     outputs, mixed, grad_x, grad_kernels = results(library, sizes, maps, kernels, bias)
     wanted, wanted_x, wanted_kernels = expected(sizes, maps, kernels)
     pairs = [*zip(outputs, wanted, strict=True), (mixed, sum(wanted) + bias.astype(np.float64)[:, None, None]),
@@ -199,10 +216,10 @@ def check(library: Path, case: str, channels_last: bool):
     for ours, truth in pairs:
         assert np.isfinite(ours).all()                                          # all of it was written
         if truth.size:
-            assert np.abs(ours - truth).max() <= 2e-6 * max(1, np.abs(truth).max())
+            assert np.abs(ours - truth).max() <= (1e-14 if double else 2e-6) * max(1, np.abs(truth).max())
 
 
-@pytest.fixture(scope="module", params=["portable", "avx2", "avx512", "cuda"])
+@pytest.fixture(scope="module", params=["portable", "avx2", "avx512", "cuda", "avx2-double", "avx512-double"])
 def library(request, tmp_path_factory):
     if not runs_here(request.param):
         pytest.skip(f"this processor has no {request.param}")
@@ -218,7 +235,8 @@ def test_kernels_agree_with_float64(library, case, channels_last):
 
 
 def test_two_runs_of_the_kernels_give_the_same_bits(library):
-    first, second = (results(library, *draw("stage 4", False)) for _ in range(2))
+    dtype = np.float64 if library.stem.endswith("double") else np.float32
+    first, second = (results(library, *draw("stage 4", False, dtype)) for _ in range(2))
     assert all(map(np.array_equal, [*first[0], *first[1:3], *first[3]], [*second[0], *second[1:3], *second[3]]))
 
 
@@ -245,7 +263,42 @@ def check_assembly(library: Path, branches: int, channels: int, taps: int, small
         np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=1e-5)
 
 
+def check_shift(library: Path, *sizes: int):
+    """Against the definition, map by map; some maps are moved out altogether, by as much as a table can hold."""
+    images, channels, taps, edges, height, width, halo = sizes
+    lib, rng, count = ctypes.CDLL(str(library)), np.random.RandomState(0), channels * taps
+    pads = [rng.randint(-6, 7, (count, edges)).astype(np.int32) for _ in range(2)]
+    pads[0][0, 0], pads[1][-1, -1] = -(2**31), 2**31 - 1
+    pick = (rng.randint(0, taps, (channels, edges)) + taps * np.arange(channels)[:, None]).astype(np.int32)
+    maps = rng.standard_normal((images, count, height + 2 * halo, width + 2 * halo)).astype(np.float32)
+    grads = [rng.standard_normal((images, channels, height, width)).astype(np.float32) for _ in range(3)]
+    outputs, grad = [np.full_like(g, np.nan) for g in grads], np.full_like(maps, np.nan)
+
+    def call(function, *arrays):
+        function((ctypes.c_int64 * 7)(*sizes), *(ctypes.c_void_p(array.ctypes.data) for array in arrays))
+
+    call(lib.forward, maps, *pads, pick, *outputs)
+    call(lib.backward, *grads, *pads, pick, grad)
+    wanted, back = [np.zeros_like(g, np.float64) for g in grads], np.zeros_like(maps, np.float64)
+    for c, e in itertools.product(range(count), range(edges)):
+        r = c // taps
+        moves = [(halo, -int(pads[0][c, e])), (-int(pads[1][c, e]), halo), *([(halo, halo)] if pick[r, e] == c else [])]
+        for part, (down, right) in enumerate(moves):
+            y, x = np.arange(height) + down, np.arange(width) + right
+            rows, columns = (y >= 0) & (y < maps.shape[2]), (x >= 0) & (x < maps.shape[3])
+            to, at = np.ix_(rows, columns), np.ix_(y[rows], x[columns])
+            wanted[part][:, r][(slice(None), *to)] += maps[:, c][(slice(None), *at)]
+            back[:, c][(slice(None), *at)] += grads[part][:, r][(slice(None), *to)]
+    for ours, truth in zip((*outputs, grad), (*wanted, back), strict=True):
+        assert np.isfinite(ours).all()                                          # all of it was written
+        np.testing.assert_allclose(ours, truth, rtol=1e-5, atol=1e-5)
+
+
 def check_all(name: str, library: Path):
+    if name == "shift":
+        for sizes in SHIFTS:
+            check_shift(library, *sizes)
+        return
     if name == "assemble":
         for sizes in ASSEMBLIES:
             check_assembly(library, *sizes)
@@ -264,8 +317,14 @@ def test_filters_are_assembled_on_the_gpu_as_on_the_cpu(assembly, sizes):
     check_assembly(assembly, *sizes)
 
 
+@pytest.mark.parametrize("sizes", SHIFTS, ids=str)
+def test_maps_are_shifted_and_added_as_defined(tmp_path_factory, sizes):
+    check_shift(compiled(tmp_path_factory.mktemp("shift"), "shift"), *sizes)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["portable", "avx2", "cuda", "assemble"])
+@pytest.mark.parametrize("name", ["portable", "avx2", "avx512", "portable-double", "avx2-double", "avx512-double", "cuda",
+                                  "assemble", "shift"])
 def test_the_address_sanitizer_finds_nothing(name, tmp_path):
     if not runs_here(name):
         pytest.skip(f"this processor has no {name}")
@@ -273,9 +332,10 @@ def test_the_address_sanitizer_finds_nothing(name, tmp_path):
     preload = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
     code = f"""
 import sys
+from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import test_kernels
-test_kernels.check_all({name!r}, {str(library)!r})
+test_kernels.check_all({name!r}, Path({str(library)!r}))
 """
     environment = os.environ | {"LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)

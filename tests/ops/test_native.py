@@ -25,6 +25,7 @@ STRIPS = {
     "one pixel": (1, 1, 3, 3, 1, 1, 1),
     "five pixels broad": (11, 6, 5, 51, 5, 25, 24),
     "small kernel broader than the strips": (8, 8, 3, 7, 7, 3, 2),
+    "seven pixels broad, off the centre": (9, 12, 7, 21, 7, 8, 12),
 }
 
 
@@ -128,6 +129,25 @@ def test_the_two_strips_may_differ_in_length_and_breadth():
     assert relative(v, F.conv2d(F.pad(x, (2, 2, 2, 3)), kernel_v, groups=3)) < 1e-10
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("case", STRIPS)
+def test_the_mix_is_a_sum_of_depthwise_convolutions_with_its_gradients(case, dtype, layout):
+    exact, bias = strip_arguments(case), draw((2,), seed=9)
+    upstream = draw(exact[0].shape, seed=10)
+
+    def wanted(*arguments):
+        return sum(by_convolution(*arguments)) + bias[:, None, None]
+
+    def mixed(x, kernel_h, kernel_v, kernel_c, *anchors):
+        return torch.ops.swconv.strip_mix(x, kernel_h, kernel_v, kernel_c, bias.to(x.dtype), *anchors)
+
+    arguments = (exact[0].to(dtype, memory_format=layout), *(k.to(dtype) for k in exact[1:4]), *exact[4:])
+    got = mixed(*arguments), *gradients(mixed, arguments, upstream.to(dtype))
+    for a, b in zip(got, (wanted(*exact), *gradients(wanted, exact, upstream)), strict=True):
+        assert relative(a, b) < TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_mix_is_the_sum_of_the_branches_and_the_bias_with_their_gradients(with_bias):
     x, *rest = strip_arguments("as long as the map")
@@ -154,6 +174,8 @@ def test_gradients_agree_with_finite_differences():
     bias = draw((2,)).requires_grad_()
     assert torch.autograd.gradcheck(lambda *a: torch.ops.swconv.strip_branches(*a, 3, 2), (x, *kernels))
     assert torch.autograd.gradcheck(lambda *a: torch.ops.swconv.strip_mix(*a, 3, 2), (x, *kernels, bias))
+    filters, mixing = [draw((10, 1, 3, 3), seed=seed).requires_grad_() for seed in (1, 2)], ShiftTables.draw(2, 5, 2).mixing()
+    assert torch.autograd.gradcheck(lambda *f: torch.ops.swconv.assemble(list(f), mixing.double()), filters)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -173,7 +195,8 @@ def test_operators_keep_the_rules_of_torch_library(layout):
     torch.library.opcheck(ops.assemble.default, (filters, mixing))
     torch.library.opcheck(ops.assemble_backward.default, (*(k.detach() for k in ops.assemble(filters, mixing)), mixing))
     pads, maps = tables(), draw((2, 6, 5, 6), torch.float32).requires_grad_()
-    torch.library.opcheck(ops.shift_add.default, (maps, *pads, 1))
+    for some in (maps, maps.detach()[:0].requires_grad_(), maps.detach().to(memory_format=layout).requires_grad_()):
+        torch.library.opcheck(ops.shift_add.default, (some, *pads, 1))
     grads = [draw((2, 2, 3, 4), torch.float32, seed) for seed in (6, 7, 8)]
     torch.library.opcheck(ops.shift_add_backward.default, (*grads, *pads, 1, 3))
 
@@ -265,7 +288,7 @@ def test_wrong_arguments_are_refused_with_what_was_needed():
     pad_h, pad_v, pick = tables()
     with pytest.raises(RuntimeError, match=r"needs R \* n maps \(2 \* 3 = 6\).* same kernel size\?"):
         torch.ops.swconv.shift_add(draw((1, 7, 5, 6)), pad_h, pad_v, pick, 1)
-    with pytest.raises(RuntimeError, match=r"needs pick between 0 and R \* n - 1 = 5, got 6"):
+    with pytest.raises(RuntimeError, match=r"needs pick between 0 and 2 in row 0, got 6"):
         torch.ops.swconv.shift_add(draw((1, 6, 5, 6)), pad_h, pad_v, torch.full_like(pick, 6), 1)
 
 

@@ -116,10 +116,24 @@ def test_compiled_assembly_is_the_matrix_product_with_its_gradients(small, taps,
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
 
 
-def test_filters_of_another_layer_are_refused():
-    mixing = ShiftTables.draw(4, 5, 2).mixing()
-    with pytest.raises(ValueError, match=r"R \* n = 4 \* 5 as in mixing, got \(20, 1, 3, 3\), \(15, 1, 3, 3\)"):
-        assemble([torch.zeros(20, 1, 3, 3), torch.zeros(15, 1, 3, 3)], mixing)
+F, MIX = torch.zeros(20, 1, 3, 3), ShiftTables.draw(4, 5, 2).mixing()
+
+
+@pytest.mark.parametrize(("call", "sentence"), [
+    (lambda: assemble([F, F[:15]], MIX), "got filters (20, 1, 3, 3), (15, 1, 3, 3) and mixing (4, 11, 5). Were"),
+    (lambda: assemble([], MIX), "got filters none and mixing (4, 11, 5)."),
+    (lambda: assemble(torch.tensor(1.0), MIX), "got filters () and mixing (4, 11, 5)."),
+    (lambda: assemble(F[..., :2, :2], MIX), "needs filters (R * n, 1, N, N) with odd N"),
+    (lambda: assemble(F, MIX[0]), "got filters (20, 1, 3, 3) and mixing (11, 5)."),
+    (lambda: assemble(F, MIX[:, :-1]), "got filters (20, 1, 3, 3) and mixing (4, 10, 5)."),
+    (lambda: assemble([F, F.double()], MIX), "got torch.float32 on cpu, torch.float64 on cpu, torch.float32 on cpu."),
+    (lambda: assemble(F.long(), MIX.long()), "one floating-point dtype on one device, got torch.int64 on cpu"),
+    (lambda: assemble(F, MIX.to("meta")), "got torch.float32 on cpu, torch.float32 on meta."),
+])
+def test_filters_of_another_layer_are_refused(call, sentence):
+    with pytest.raises(ValueError) as raised:                         # noqa: PT011  the sentence is compared below
+        call()
+    assert sentence in str(raised.value)
 
 
 def plus_of(x, filters, mixing):

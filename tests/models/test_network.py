@@ -1,5 +1,7 @@
 """Folding a block for inference: every fold by itself, all of them on whole networks, in float64."""
 
+import operator
+
 import pytest
 import timm
 import torch
@@ -87,6 +89,18 @@ def test_grns_shift_the_closing_norm_and_the_layer_scale_go_into_the_contraction
     assert module.grn.bias is None
     assert isinstance(module.norm_out, nn.Identity)
     assert module.gamma is None
+
+
+@pytest.mark.parametrize("part", ["grn.bias", "gamma", *(f"norm_out.{name}" for name in ("weight", "bias", "running_mean",
+                                                                                         "running_var"))])
+def test_every_part_of_the_tail_goes_into_the_contraction_alone(part):
+    torch.manual_seed(0)
+    module = Block(nn.Identity(), 10, "unireplknet", use_se=False, layer_scale_init=1.0, drop_path=0.0).double().eval()
+    module.norm, x = nn.Identity(), torch.randn(2, 10, 9, 11, dtype=torch.float64)
+    before = module(x)
+    nn.init.uniform_(operator.attrgetter(part)(module), 0.3, 0.9)
+    assert (module(x) - before).abs().max() > 0.01 * before.abs().max()
+    assert unchanged(module) < 1e-12
 
 
 def test_the_layer_scale_goes_into_the_contraction_of_the_other_skeleton_too():

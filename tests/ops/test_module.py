@@ -1,6 +1,7 @@
 """The SW layer against the golden module files, and its merged form against its training form."""
 
 import json
+import operator
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,25 @@ def test_merged_layer_is_the_evaluated_layer(arguments):
     torch.testing.assert_close(module(x), expected, atol=1e-12, rtol=1e-12)
     assert not list(module.parameters())
     module.reparameterize()                                           # a second call changes nothing
+    torch.testing.assert_close(module(x), expected, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("part", ["branch", "skip", *(f"norms.{k}.{name}" for k in range(3)
+                                                      for name in ("weight", "bias", "running_mean", "running_var"))])
+def test_every_part_of_the_layer_goes_into_the_kernel_alone(part):
+    torch.manual_seed(0)
+    module = ShiftwiseConv2d(9, 13, rep_branches=1, skip=False).double().eval()
+    x = torch.randn(3, 9, 10, 7, dtype=torch.float64)
+    before = module(x)
+    if part == "branch":
+        module.filters.append(torch.nn.Parameter(torch.randn_like(module.filters[0])))
+    elif part == "skip":
+        module.skip = True
+    else:
+        torch.nn.init.uniform_(operator.attrgetter(part)(module), 0.3, 0.9)
+    expected = module(x)
+    assert (expected - before).abs().max() > 0.01 * before.abs().max()
+    module.reparameterize()
     torch.testing.assert_close(module(x), expected, atol=1e-12, rtol=1e-12)
 
 

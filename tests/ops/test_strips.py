@@ -16,12 +16,14 @@ from swconv.ops import (
     tap_count,
 )
 
-SHAPES = [(51, 3, 14, 11), (49, 3, 7, 9), (13, 3, 1, 12), (13, 5, 6, 6), (47, 5, 5, 8), (7, 5, 3, 1), (5, 3, 9, 9)]
+SHAPES = [(51, 3, 14, 11), (49, 3, 7, 9), (13, 3, 1, 12), (13, 5, 6, 6), (47, 5, 5, 8), (7, 5, 3, 1), (5, 3, 9, 9),
+          (23, 7, 9, 12), (7, 7, 4, 4)]
 
 
-def forms(extent: int, small: int, height: int, width: int, padding: str, channels: int = 3, edges: int = 3):
+def forms(extent: int, small: int, height: int, width: int, padding: str, strips=strip_branches):
     """h, v, i by both forms from the same filters, with their inputs."""
     torch.manual_seed(0)
+    channels, edges = 3, 3
     taps = tap_count(extent, small)
     x = torch.randn(2, channels, height, width, dtype=torch.float64, requires_grad=True)
     filters = torch.randn(channels * taps, 1, small, small, dtype=torch.float64, requires_grad=True)
@@ -30,17 +32,18 @@ def forms(extent: int, small: int, height: int, width: int, padding: str, channe
     maps = torch.nn.functional.conv2d(x, filters, padding=pad, groups=channels)
     two_step = shift_add_ref(maps, *tables.pads(extent, small, pad), tables.pick, pad - small // 2)
     kernels = assemble(filters, tables.mixing().double())
-    h, v, i = strip_branches_ref(x, *kernels, extent // 2, extent // 2)
+    h, v, i = strips(x, *kernels, extent // 2, extent // 2)
     if padding == "half":
         h = h - half_border(x, kernels[0], extent)
         v = v - half_border(x.transpose(2, 3), kernels[1].transpose(2, 3), extent).transpose(2, 3)
     return (x, filters), two_step, (h, v, i)
 
 
+@pytest.mark.parametrize("form", [strip_branches, strip_branches_ref])
 @pytest.mark.parametrize("padding", ["full", "half"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_strips_are_the_two_step_form(shape, padding):
-    inputs, two_step, strips = forms(*shape, padding)
+def test_strips_are_the_two_step_form(shape, padding, form):
+    inputs, two_step, strips = forms(*shape, padding, form)
     for a, b in zip(two_step, strips, strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
     upstream = [torch.randn_like(part) for part in two_step]

@@ -172,7 +172,7 @@ def test_gradients_can_be_differentiated(name):
     assert torch.autograd.gradgradcheck(function, [t.requires_grad_() for t in inputs])
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")      # by torch itself
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")                                    # by torch itself
 @pytest.mark.parametrize("name", functions())
 def test_forward_mode_and_torch_func_see_through_the_operators(name):
     function, inputs = functions()[name]
@@ -215,6 +215,19 @@ def test_a_network_compiles_into_one_graph_and_is_exported(form):
     program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
     torch.testing.assert_close(program.module()(torch.cat([x, x])), torch.cat([expected, expected]), atol=1e-5, rtol=0)
     assert any("swconv.strip" in str(node.target) for node in program.graph.nodes)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")                                    # by torch itself
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_torchs_compiler_makes_a_training_step_of_the_same_gradients(layout):
+    model, x = network(), torch.randn(2, 3, 32, 32).to(memory_format=layout)
+    wanted = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    compiled = torch.compile(model, fullgraph=True)
+    got = torch.autograd.grad(compiled(x).square().sum(), list(model.parameters()))
+    largest = max(grad.abs().max().item() for grad in wanted)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5 * largest, rtol=1e-3)
 
 
 def test_which_engine_runs_is_said_once(caplog):

@@ -43,12 +43,13 @@ def assemble(filters: Tensor | Sequence[Tensor], mixing: Tensor) -> tuple[Tensor
             f"{', '.join(str(tuple(b.shape)) for b in branches) or 'none'} and mixing {tuple(mixing.shape)}. "
             "Were both made for the same layer?"
         )
-    if not mixing.is_floating_point() or any(b.dtype != mixing.dtype or b.device != mixing.device for b in branches):
+    here = mixing.device, torch.device("meta")                          # filters that are shapes only are let pass
+    if not mixing.is_floating_point() or any(b.dtype != mixing.dtype or b.device not in here for b in branches):
         kinds = ", ".join(f"{tensor.dtype} on {tensor.device}" for tensor in (*branches, mixing))
         raise ValueError(f"assemble needs filters and mixing of one floating-point dtype on one device, got {kinds}.")
     if len(branches) > MOST_BRANCHES:
         branches = [sum(branches)]
-    if native.handles(mixing, "assemble"):
+    if native.handles(branches[0], "assemble"):
         return native.call("assemble", branches, mixing)
     return assemble_ref(sum(branches), mixing)
 

@@ -238,8 +238,9 @@ class Machine(_Row):
 
     A batch passes through the network in parts of `micro_batch` images, null for all at once. The processes (one per GPU)
     share every part: with `sync_bn` BatchNorm sees all of it, whatever their number, and this is no part of the identity.
-    `threads` are per process. Mixup pairs the images of a part, so their number is even. With `recompute` the blocks keep less
-    for the backward pass and take longer, to the same bits.
+    `threads` are per process. Mixup pairs the images of a part, so their number is even. With `compile` the network runs by
+    torch.compile, downstream its backbone alone. With `recompute` the blocks keep less for the backward pass and take
+    longer, to the same bits.
     """
 
     device: Literal["cpu", "cuda"]

@@ -150,11 +150,16 @@ class FineTuning(Training):
         self._publish(out, record | {"status": "finished"}, metrics, self.model.state_dict(), {})
 
     def _forward(self) -> Callable[[Tensor, list[Target]], dict[str, Tensor]]:
-        network = torch.compile(self.model) if self.machine["compile"] else self.model
+        """The network as it is called. Where the machine says so its backbone is compiled, for images of any size.
+
+        Heads are not: what they compute depends on what they find.
+        """
+        if self.machine["compile"]:                                   # pytorch#185510: on a CPU the layout would be an error
+            self.model.pyramid.compile(options={"layout_optimization": False} if self.device.type == "cpu" else None)
         if self.world == 1:
-            return network
+            return self.model
         # Detectors leave out heads in a batch without objects, and FCOS3D the pyramid's first map.
-        return DistributedDataParallel(network, device_ids=[self.device.index] if self.device.type == "cuda" else None,
+        return DistributedDataParallel(self.model, device_ids=[self.device.index] if self.device.type == "cuda" else None,
                                        broadcast_buffers=not self.machine["sync_bn"],
                                        find_unused_parameters=self.task != "ade20k")
 

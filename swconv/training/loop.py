@@ -349,7 +349,7 @@ class Training:
 
     def _forward(self) -> Callable[[Tensor], Tensor]:
         """The network as it is called: compiled where the machine says so, and with gradients averaged over processes."""
-        network = torch.compile(self.model) if self.machine["compile"] else self.model
+        network = torch.compile(self.model, dynamic=False) if self.machine["compile"] else self.model
         if self.world == 1:
             return network
         # Synchronised norms have equal buffers everywhere; others take those of process 0 before the first part of a step.

@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 
 from swconv.__main__ import main
 from swconv.downstream import finetuning
@@ -96,6 +97,30 @@ def test_a_pass_without_a_good_step_has_no_loss_in_the_log_and_a_status_line(con
     assert lines[0]["bad_steps"] == len(bad) > 0
     assert "epoch   1/3  loss nan  " in caplog.text
     assert "top-1" not in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")       # torch.compile's own, of torch.jit
+def test_a_compiled_backbone_takes_images_of_many_sizes_and_keeps_its_zeros(config, tiny, pretrained, known):
+    torch.compiler.reset()                                            # and with it the sizes seen
+    config["recipe"] |= {"drop_path_rate": 0.0}                       # which a compiled network draws otherwise
+    plain, compiled = (
+        finetuning.FineTuning(config | {"machine": config["machine"] | {"compile": choice}}, tiny / "voc", 0,
+                              pretrained(known.examples["voc"])).model for choice in (False, True))
+    for size in [(96, 128), (112, 160), (128, 96)]:
+        x, grads = torch.randn(2, 3, *size), []
+        for model in (plain, compiled):
+            for weight in model.pyramid.parameters():
+                weight.data.add_(0.01)                                # as a step of the optimizer moves them, zeros too
+            maps = model.pyramid(x)
+            grads.append(torch.autograd.grad(sum(y.square().sum() for y in maps), list(model.pyramid.parameters())))
+        largest = max(grad.abs().max() for grad in grads[0])
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(b, a, atol=1e-5 * float(largest), rtol=1e-3)
+    assert counters["stats"]["unique_graphs"] == 2                    # of the first size, and of any
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    assert all((weight[~compiled.pyramid.masks[name]] == 0).all() for name, weight in compiled.pyramid.net.named_parameters()
+               if name in compiled.pyramid.masks)
 
 
 SCRIPT = """

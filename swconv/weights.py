@@ -227,8 +227,8 @@ def convert_official(state_dict: Mapping[str, Any], model: nn.Module, part: str 
     ----------
     state_dict : mapping of str to Tensor
         Of a SLaK, SW, UniRepLKNet or ConvNeXt as published, or of one SW module; or the checkpoint that holds it under
-        "model" (or "model_ema", where there is nothing else), beside the "args" of its training, whose kernel sizes have to
-        be the model's: the filters of an SW of 49 px and of 51 px have one shape.
+        "model" (or "model_ema", where there is nothing else), beside the "args" of its training, whose kernel sizes and
+        edges have to be the model's: the filters of an SW of 49 px and of 51 px, of 2 edges and of 4, have one shape.
     model : nn.Module
         Our model of the same configuration; for ConvNeXt timm's.
     part : str, optional
@@ -237,16 +237,25 @@ def convert_official(state_dict: Mapping[str, Any], model: nn.Module, part: str 
     Raises
     ------
     ValueError
-        When entries are missing, left over, of another shape, no tensors or not finite, the kernel sizes are others, or an
-        index table is not the one that we draw.
+        When entries are missing, left over, of another shape, no tensors or not finite, the kernel sizes or edges are
+        others, or an index table is not the one that we draw.
     """
-    _check_kernels(state_dict.get("args"), model)
+    args = state_dict.get("args")
+    args = args if isinstance(args, Mapping) else getattr(args, "__dict__", {})
+    _check_edges(args, model)
+    _check_kernels(args, model)
     state_dict = weights_in(state_dict, part)
     if strange := [key for key, value in state_dict.items() if not (isinstance(key, str) and isinstance(value, Tensor))]:
         raise ValueError(f"the weights need to be tensors by name, got others under {', '.join(map(str, strange[:3]))}. Say "
                          "which part of the checkpoint holds the weights, or take another file.")
     if isinstance(model, ConvNeXt):
-        converted = dict(checkpoint_filter_fn(dict(state_dict), model))
+        try:
+            converted = dict(checkpoint_filter_fn(dict(state_dict), model))
+        except (KeyError, RuntimeError) as error:                               # a name, a shape that it cannot place
+            widths = tuple(stage["num_chs"] for stage in model.feature_info)
+            came = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in list(_maskable(state_dict).items())[:3])
+            raise ValueError(f"the weights need to be those of a ConvNeXt of this size (widths {widths}), got {came}. Take the "
+                             "file of this ConvNeXt, or name the model that the file is of.") from error
     else:
         ours = {official: name for name, official in official_names(model).items()}
         _check_tables(state_dict, model)
@@ -345,10 +354,19 @@ def _shiftwise(model: nn.Module) -> dict[str, ShiftwiseConv2d]:
     return {name: module for name, module in model.named_modules() if isinstance(module, ShiftwiseConv2d)}
 
 
-def _check_kernels(told: Any, model: nn.Module) -> None:
+def _check_edges(args: Mapping[str, Any], model: nn.Module) -> None:
+    """The released flag of SW's edges is `--N_rep`; they change no shape."""
+    got = args.get("N_rep")
+    wanted = {layer.pick.shape[1] for layer in _shiftwise(model).values()}
+    if isinstance(got, int) and wanted - {got}:
+        raise ValueError(f"the weights were trained with {got} edges, as their args say (N_rep {got}), and the model has "
+                         f"{max(wanted - {got})}. Create the model with edges={got}.")
+
+
+def _check_kernels(args: Mapping[str, Any], model: nn.Module) -> None:
     """The released scripts save their `--kernel_size M1 M2 M3 M4 N`; strips tell theirs by shape, filters of SW do not."""
     try:
-        *_, small = extents = [int(each) for each in getattr(told, "kernel_size", ())]
+        *_, small = extents = [int(each) for each in args.get("kernel_size", ())]
     except (TypeError, ValueError):
         return                                                                  # none, or none that we know
     for name, layer in _shiftwise(model).items():

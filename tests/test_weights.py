@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import swconv.models  # noqa: F401
+from swconv.__main__ import main
 from swconv.weights import convert, convert_official, file_sha256, lay_out, masks_in, read_checkpoint
 
 GOLDEN = Path("tests/golden")
@@ -138,6 +139,45 @@ def test_kernel_sizes_that_one_filter_bank_may_have_are_told_apart_by_the_argume
         convert_official({"model": sw, "args": told}, other)
     for unknown in (argparse.Namespace(), argparse.Namespace(kernel_size=None), "none", None):
         convert_official({"model": sw, "args": unknown}, other)
+
+
+@pytest.mark.parametrize("told", [argparse.Namespace(N_rep=2, N_path=4), {"N_rep": 2, "N_path": 4}])
+def test_another_number_of_edges_is_told_by_the_arguments_of_the_training_alone(sw, model, told):
+    assert convert_official({"model": sw, "args": told}, another(edges=2)).keys() == model.state_dict().keys()
+    with pytest.raises(ValueError, match=r"trained with 2 edges, as their args say \(N_rep 2\), and the model has 4\. Create "
+                                         r"the model with edges=2\."):
+        convert_official({"model": sw, "args": told}, model)
+
+
+def test_a_number_of_edges_that_is_not_told_is_taken(sw, slak, model):
+    for told in (argparse.Namespace(N_rep=4), argparse.Namespace(N_rep=None), {"kernel_size": None}, {}):
+        assert convert_official({"model": sw, "args": told}, model).keys() == model.state_dict().keys()
+    convert_official({"model": slak, "args": argparse.Namespace(N_rep=2)}, timm.create_model("slak_tiny", **MINI))
+
+
+@pytest.fixture(scope="module")
+def vit() -> dict[str, torch.Tensor]:
+    return timm.create_model("vit_tiny_patch16_224", depth=1, embed_dim=24, num_classes=10).state_dict()
+
+
+@pytest.mark.parametrize(("name", "came"), [
+    ("vit", r"patch_embed\.proj\.weight \(24, 3, 16, 16\), blocks\.0\.attn\.qkv\.weight \(72, 24\), "),
+    ("sw", r"downsample_layers\.0\.0\.weight \(4, 3, 3, 3\), downsample_layers\.0\.3\.weight \(8, 4, 3, 3\), "),
+    ("slak", r"downsample_layers\.0\.0\.weight \(10, 3, 4, 4\), downsample_layers\.1\.1\.weight \(20, 10, 2, 2\), "),
+])
+def test_what_is_no_convnext_of_this_size_is_told_with_what_came(request, name, came):
+    with pytest.raises(ValueError, match=rf"those of a ConvNeXt of this size \(widths \(8, 16, 24, 32\)\), got {came}"):
+        convert_official(request.getfixturevalue(name), timm.create_model("convnext_tiny", **MINI))
+
+
+@pytest.mark.parametrize("name", ["vit", "slak"])
+def test_the_verb_refuses_what_is_no_convnext_in_one_sentence(request, tmp_path, capsys, name):
+    torch.save({"model": request.getfixturevalue(name)}, tmp_path / "other.pth")
+    assert main(["convert", str(tmp_path / "other.pth"), "--model", "convnext_tiny", "--out", str(tmp_path / "out.safetensors"),
+                 "--set", *(f"{key}={list(value) if key != 'num_classes' else value}" for key, value in MINI.items())]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("swconv convert: the weights need to be those of a ConvNeXt of this size")
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 def test_foreign_weights_are_refused_in_a_sentence(sw, model):

@@ -9,6 +9,7 @@ A sample is `(image, target)`. The image is uint8 of shape (3, H, W). The target
 """
 
 import json
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -172,7 +173,8 @@ class COCO(Images):
     FileNotFoundError
         No such folder or file.
     ValueError
-        Broken JSON, unknown category or image in an annotation; from `read`: unreadable image, size unlike the JSON's.
+        Broken JSON, an image without its size, unknown category or image in an annotation; from `read`: unreadable image,
+        size unlike the JSON's.
     """
 
     def __init__(self, root: Path, split: str, transform: Transform | None = None, seed: int = 0, training: bool = False):
@@ -184,13 +186,13 @@ class COCO(Images):
         try:
             content = json.loads(self.annotation_file.read_bytes())
             categories = sorted((each["id"], each["name"]) for each in content["categories"])
-            images = {each["id"]: (each["file_name"], each["height"], each["width"]) for each in content["images"]}
+            images = _by_id(self.annotation_file, content["images"])
             owned = _by_image(self.annotation_file, content["annotations"], images, dict(categories))
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{self.annotation_file} needs to be COCO's instances with images, categories and annotations, "
                              f"got {error!r}; copy or unpack it again.") from error
         self.category_ids, self.class_names = zip(*categories, strict=True) if categories else ((), ())
-        ids = [key for key, (_, height, width) in sorted(images.items())
+        ids = [key for key, (_, height, width) in images.items()
                if not training or (key in owned and min(height, width) >= SMALLEST)]
         if not (ids and categories):
             raise ValueError(f"COCO needs images and categories in {self.annotation_file}, got none that can be used: what is "
@@ -357,6 +359,16 @@ def _first(names: list[str]) -> str:
     return ", ".join(names[:FILES]) + (", ..." if len(names) > FILES else "")
 
 
+def _by_id(path: Path, images: list[dict]) -> dict[int, tuple[str, int, int]]:
+    """{id: (file name, height, width)}, in order of the ids."""
+    for each in images:
+        if not all(isinstance(side, int | float) and 0 < side < math.inf for side in (each["height"], each["width"])):
+            raise ValueError(f"{path} needs height and width in px for every image, got {each['height']!r} and "
+                             f"{each['width']!r} in image {each['id']}; correct or restore the file.")
+    ordered = sorted(images, key=lambda each: each["id"])
+    return {each["id"]: (each["file_name"], each["height"], each["width"]) for each in ordered}
+
+
 def _by_image(path: Path, annotations: list[dict], images: dict, categories: dict) -> dict[int, list[dict]]:
     owned = {}
     for each in annotations:
@@ -381,7 +393,7 @@ def _voc_annotation(path: Path) -> tuple[tuple[int, int], list[tuple[int, list[i
         size = int(root.findtext("size/height")), int(root.findtext("size/width"))
         found = [(each.findtext("name").strip(), [int(float(each.findtext(f"bndbox/{side}"))) for side in VOC_SIDES],
                   each.findtext("difficult", "0").strip() == "1") for each in root.iter("object")]
-    except (ElementTree.ParseError, TypeError, ValueError, AttributeError) as error:
+    except (ElementTree.ParseError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise ValueError(f"{path} needs size and for each object name and bndbox, got {error!r}; restore the file.") from error
     unknown = sorted({name for name, _, _ in found} - set(VOC_CLASSES))
     if unknown:

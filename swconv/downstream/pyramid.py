@@ -6,6 +6,7 @@
 import logging
 import warnings
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any, Literal
 
 import timm
@@ -19,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm  # SyncBatchNorm too
 import swconv.models  # noqa: F401  registers the models with timm
 from swconv.weights import masks_in
 
+_FAMILIES = ("swconv.models", "timm.models.convnext")                 # modules whose networks have what a pyramid needs
 Rule = Literal["layer_wise", "stage_wise", "norms"]
 _log = logging.getLogger(__name__)
 
@@ -50,14 +52,13 @@ class Pyramid(nn.Module):
     Raises
     ------
     ValueError
-        When the network does not have four stages.
+        When the network is unknown, of another family, or does not have four stages.
     """
 
     def __init__(self, name: str, *, drop_path_rate: float = 0.0, layer_scale_init: float = 1.0, sparse: bool = False,
                  **arguments: Any) -> None:
         super().__init__()
-        entry = timm.models.model_entrypoint(name)
-        scale = "layer_scale_init" if entry.__module__.startswith("swconv.") else "ls_init_value"
+        scale = "layer_scale_init" if _module(name).startswith("swconv.") else "ls_init_value"
         net = timm.create_model(name, num_classes=0, drop_path_rate=drop_path_rate, **{scale: layer_scale_init}, **arguments)
         if len(net.stages) != 4:
             raise ValueError(f"a pyramid needs a network of four stages, got {name} with {len(net.stages)}. "
@@ -111,6 +112,20 @@ class Pyramid(nn.Module):
         self.masks = masks_in({name: weight.detach() for name, weight in net.named_parameters()})
         zeros = sum(int((~mask).sum()) for mask in self.masks.values())
         _log.info("%d zeros in %d weights are kept", zeros, len(self.masks))
+
+
+def _module(name: str) -> str:
+    """Where a network that can be a pyramid is defined."""
+    modules = {each: timm.models.model_entrypoint(each).__module__ for each in timm.list_models()}
+    taken = [each for each, module in modules.items() if module.startswith(_FAMILIES)]
+    base = name.partition(".")[0]                                     # without timm's tag of pretrained weights
+    if base in taken:
+        return modules[base]
+    if base in modules:
+        ours = ", ".join(each for each in taken if modules[each].startswith("swconv."))
+        raise ValueError(f"a pyramid needs one of our networks or a ConvNeXt of timm, got {name}. Take one of {ours}, or of "
+                         "timm's convnext_* and convnextv2_*.")
+    raise ValueError(f"unknown network {name}; the nearest known name is {get_close_matches(base, taken, 1, 0.0)[0]}.")
 
 
 def _masked(pyramid: Pyramid, prefix: str, keep_vars: bool) -> None:

@@ -178,6 +178,10 @@ def test_coco_without_its_files_says_what_is_expected_where(tmp_path):
     (lambda c: c["annotations"][3].pop("bbox"), "needs bbox .* got None and .* in annotation 4; correct or restore"),
     (lambda c: c["annotations"][3].update(bbox=[1, 2, 3]), r"needs bbox .* got \[1, 2, 3\] and"),
     (lambda c: c["annotations"][3].update(bbox=[1, 2, 3, "4"]), "needs bbox .* in annotation 4"),
+    (lambda c: c["images"][2].update(height="x"), "height and width in px for every image, got 'x' and 120 in image 3; "),
+    (lambda c: c["images"][2].update(width=0), "height and width in px for every image, got 160 and 0 in image 3"),
+    (lambda c: c["images"][2].update(width=float("inf")), "height and width in px for every image, got 160 and inf in image 3"),
+    (lambda c: c["images"][2].update(id="3"), "COCO's instances with images, .* got TypeError"),
     (lambda c: c["annotations"][3].pop("area"), "and area for every object, got .* and None in annotation 4"),
     (lambda c: c.pop("images"), r"COCO's instances with images, categories and annotations, got KeyError\('images'\)"),
     (lambda c: c["images"].clear() or c["annotations"].clear(), "got none that can be used"),
@@ -262,6 +266,7 @@ def test_voc_without_its_folders_says_what_is_expected_where(root):
 @pytest.mark.parametrize(("old", "new", "message"), [
     ("<name>aeroplane</name>", "<name>zebra</name>", "000001.xml needs objects of the 20 classes of PASCAL VOC, got zebra"),
     ("<xmin>", "<left>", "000001.xml needs size and for each object name and bndbox, got ParseError"),
+    ("<xmin>", "<xmin>1e999", "000001.xml needs size and for each object name and bndbox, got OverflowError"),
     ("<xmin>", "<xmin>99", "000001.xml needs boxes with xmin < xmax and ymin < ymax, got 99"),
     ("<width>160</width>", "<width>150</width>", "fit its image, got 150 x 120 pixels for an image of 160 x 120"),
 ])

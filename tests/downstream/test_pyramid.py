@@ -60,6 +60,20 @@ def test_foreign_weights_are_told():
         Pyramid("slak_tiny", depths=(1, 1), dims=(8, 8), kernel_sizes=(7, 7))
 
 
+def test_a_misspelt_network_is_told_with_the_nearest_known_name():
+    with pytest.raises(ValueError, match=r"unknown network sw_tiy; the nearest known name is sw_tiny\."):
+        Pyramid("sw_tiy")
+    with pytest.raises(ValueError, match=r"unknown network convnet_tiny.fb_in1k; the nearest known name is convnext_tiny\."):
+        Pyramid("convnet_tiny.fb_in1k")
+
+
+def test_a_network_of_another_family_is_told_which_are_taken():
+    with pytest.raises(ValueError, match=r"one of our networks or a ConvNeXt of timm, got resnet18\. Take one of "
+                                         r"lk_convnext_base, .*sw_tiny, .*, or of timm's convnext_\* and convnextv2_\*\."):
+        Pyramid("resnet18")
+    assert Pyramid("convnext_tiny.fb_in1k", **TINY).channels == TINY["dims"]           # with timm's tag it is a ConvNeXt
+
+
 def sparse_weights(name):
     torch.manual_seed(1)
     classifier = timm.create_model(name, **TINY, **SMALL[name])

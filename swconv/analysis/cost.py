@@ -119,7 +119,7 @@ def _formed(model: nn.Module, form: Form) -> nn.Module:
         return reparameterize_model(model)
     if form == "merged":
         for layer in model.modules():
-            if isinstance(layer, ShiftwiseConv2d) and layer.norm != "filter":
+            if isinstance(layer, ShiftwiseConv2d) and layer.norm != "filter" and not layer.merged:
                 layer.filters = nn.ParameterList([nn.Parameter(sum(layer.filters).detach())])
             if isinstance(layer, StripConv2d):
                 layer.reparameterize()
@@ -135,6 +135,8 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if getattr(layer, "merged", None) is True:
             kernel_h, kernel_v, bias = _plus(layer)
             yield from ((f"{name}.kernel_h", kernel_h), (f"{name}.kernel_v", kernel_v), (f"{name}.bias", bias))
+            if getattr(layer, "filter_bias", None) is not None:
+                yield f"{name}.filter_bias", layer.filter_bias
 
 
 def _plus(layer: nn.Module) -> tuple[Tensor, Tensor, Tensor]:

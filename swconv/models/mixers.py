@@ -16,8 +16,10 @@ from swconv.ops import affine, strip_branches, strip_mix
 
 
 def depthwise(channels: int, kernel_size: int | tuple[int, int], dilation: int = 1, pieces: int = 1) -> nn.Conv2d:
-    """Plain depthwise convolution without bias, same size; `pieces` outputs per channel."""
+    """Plain depthwise convolution without bias, same size; `pieces` outputs per channel. A ValueError for even sizes."""
     height, width = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+    if not (height % 2 and width % 2):
+        raise ValueError(f"A depthwise convolution needs odd kernel sizes to keep the map's size, got {height} x {width}.")
     padding = (dilation * (height - 1) // 2, dilation * (width - 1) // 2)
     return nn.Conv2d(channels, channels * pieces, (height, width), padding=padding, dilation=dilation, groups=channels,
                      bias=False)

@@ -215,11 +215,15 @@ class LargeKernelNet(nn.Module):
         Squeeze-and-excitation after the mixer's norm (which is then a BatchNorm in the "unireplknet" skeleton).
     layer_scale_init : float
         Initial layer scale; 0 leaves the scale out.
+    global_pool : "avg" or ""
+        Mean over the map and norm before the classifier, or neither.
+    drop_rate : float
+        Share of the pooled features that training drops before the classifier.
 
     Raises
     ------
     ValueError
-        When depths, dims and kernel_sizes name different numbers of stages.
+        When depths, dims and kernel_sizes name different numbers of stages, or for another pooling.
     """
 
     def __init__(
@@ -236,6 +240,7 @@ class LargeKernelNet(nn.Module):
         width_factor: float = 1.0,
         use_se: bool = False,
         global_pool: str = "avg",
+        drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
         if not len(depths) == len(dims) == len(kernel_sizes):
@@ -245,7 +250,7 @@ class LargeKernelNet(nn.Module):
             )
         widths = [int(dim * width_factor) for dim in dims]
         self.num_classes, self.num_features, self.head_hidden_size = num_classes, widths[-1], widths[-1]
-        self.skeleton, self.global_pool = skeleton, global_pool
+        self.skeleton, self.global_pool = skeleton, _pooling(global_pool)
         self.stem = _stem(skeleton, in_chans, widths[0])
         drops = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         stages = []
@@ -261,6 +266,7 @@ class LargeKernelNet(nn.Module):
         self.feature_info = [{"num_chs": width, "reduction": 4 * 2**s, "module": f"stages.{s}"}
                              for s, width in enumerate(widths)]
         self.norm = nn.LayerNorm(widths[-1], eps=1e-6)
+        self.head_drop = nn.Dropout(drop_rate) if drop_rate else nn.Identity()
         self.head = nn.Linear(widths[-1], num_classes) if num_classes else nn.Identity()
         self.apply(_init_weights)
 
@@ -326,6 +332,7 @@ class LargeKernelNet(nn.Module):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         if self.global_pool:
             x = self.norm(x.mean((2, 3)))                             # (B, C)
+        x = self.head_drop(x)
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -335,8 +342,8 @@ class LargeKernelNet(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self.global_pool = self.global_pool if global_pool is None else _pooling(global_pool)
         self.num_classes = num_classes
-        self.global_pool = self.global_pool if global_pool is None else global_pool
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         self.head.apply(_init_weights)
 
@@ -369,6 +376,12 @@ def create(
     stages = len(overrides.get("depths", rows[variant]["depths"]))
     return build_model_with_cfg(builder, variant, pretrained, **{**rows[variant], **overrides},
                                 feature_cfg={"out_indices": tuple(range(stages)), "flatten_sequential": True})
+
+
+def _pooling(name: str) -> str:
+    if name not in ("avg", ""):
+        raise ValueError(f'global_pool must be "avg" or "" (none), got {name!r}. Pool what forward_features gives otherwise.')
+    return name
 
 
 def _stem(skeleton: Skeleton, in_chans: int, width: int) -> nn.Module:

@@ -48,7 +48,8 @@ def shift_add(
     Returns
     -------
     h, v, i : Tensor of shape (B, R, H, W)
-        Sums of the maps shifted along W, of those shifted along H, and of those in place.
+        Sums of the maps shifted along W, of those shifted along H, and of those in place. Of maps that are shapes only
+        (device meta) the shapes, whatever the tables hold and wherever they are.
 
     Raises
     ------
@@ -59,6 +60,10 @@ def shift_add(
     _check(maps, pad_h, pad_v, pick, halo)
     if maps.dtype in (torch.bfloat16, torch.float16):
         h, v, i = (part.to(maps.dtype) for part in shift_add(maps.float(), pad_h, pad_v, pick, halo))
+        return h, v, i
+    if maps.is_meta:
+        inner = maps[..., halo : maps.shape[2] - halo, halo : maps.shape[3] - halo].unflatten(1, (pick.shape[0], -1))
+        h, v, i = (inner.sum(2) for _ in range(3))
         return h, v, i
     if native.handles(maps, "shift_add"):
         return torch.ops.swconv.shift_add(maps, pad_h.int(), pad_v.int(), pick.int(), halo)
@@ -111,6 +116,8 @@ def _check(maps: Tensor, pad_h: Tensor, pad_v: Tensor, pick: Tensor, halo: int) 
         raise ValueError(f"shift_add needs floating-point maps and tables of whole numbers, got {kinds}.")
     if halo < 0 or min(maps.shape[2:]) <= 2 * halo:
         raise ValueError(f"shift_add needs maps larger than two halos of {halo} >= 0, got {tuple(maps.shape[2:])}.")
+    if maps.is_meta:
+        return
     if any(table.device != maps.device for table in tables):
         places = ", ".join(str(tensor.device) for tensor in (maps, *tables))
         raise ValueError(f"shift_add needs maps and tables on one device, got {places}. Move them with .to(maps.device).")

@@ -3,8 +3,10 @@
 import pytest
 import timm
 import torch
+from timm.utils import reparameterize_model
 
 from swconv.analysis.cost import cost
+from swconv.ops import ShiftwiseConv2d
 
 LARGE = {"kernel_sizes": (51, 49, 47, 13)}
 
@@ -76,6 +78,30 @@ def test_zeros_of_a_trained_model_count_as_masked():
     after = cost(model, 64)
     assert before.params - after.params == 4 * 9
     assert before.macs - after.macs == 4 * 9 * 18 * 18                     # 16 px and a halo of one on each side
+
+
+@pytest.mark.parametrize("padding", ["full", "half"])
+@pytest.mark.parametrize("name", ["sw_tiny", "sw_slak_tiny"])
+def test_norms_per_filter_cost_two_numbers_a_filter_and_merged_a_bias_a_filter(name, padding):
+    with torch.device("meta"):
+        layers = [layer for layer in timm.create_model(name).modules() if isinstance(layer, ShiftwiseConv2d)]
+    channels, filters = sum(len(layer.mixed) for layer in layers), sum(len(layer.pad_h) for layer in layers)
+    branch, norms = ([cost(name, form=form, padding=padding, norm=norm) for form in ("training", "plus")]
+                     for norm in ("branch", "filter"))
+    assert norms[0].params - branch[0].params == 2 * 2 * filters - 2 * 3 * channels      # two Rep branches, three sums
+    assert norms[1].params - branch[1].params == filters
+    assert [found.macs for found in norms] == [found.macs for found in branch]
+    assert cost(name, form="merged", padding=padding, norm="filter") == norms[0]          # each Rep branch keeps its norms
+
+
+@pytest.mark.parametrize(("name", "arguments"), [
+    ("sw_tiny", {}), ("sw_tiny", {"norm": "filter"}), ("sw_slak_tiny", {"norm": None}), ("slak_tiny", {}),
+    ("lk_convnext_tiny", {})])
+def test_a_folded_model_costs_its_plus_shaped_form_in_every_form(name, arguments):
+    model = timm.create_model(name, depths=(1, 1), dims=(8, 16), kernel_sizes=(13, 7), **arguments)
+    wanted, folded = cost(model, 64, "plus"), reparameterize_model(model)
+    for form in ("training", "merged", "plus"):
+        assert cost(folded, 64, form) == wanted
 
 
 def test_parts_add_up_and_the_mixers_share_shrinks_in_the_plus_shaped_form():

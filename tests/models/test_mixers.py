@@ -119,6 +119,9 @@ def test_whole_networks_fold_exactly(name):
 
 @pytest.mark.parametrize(("build", "sentence"), [
     (lambda: StripConv2d(4, 5, 5), "small_kernel < kernel_size"),
+    (lambda: timm.create_model("lk_convnext_tiny", kernel_sizes=(12, 12, 12, 12)), "needs odd kernel sizes.*got 12 x 12"),
+    (lambda: timm.create_model("lk_convnext_tiny", arrangement="sequential", small_kernel=4), "needs odd.*got 51 x 4"),
+    (lambda: timm.create_model("sw_tiny", kernel_sizes=(51, 49, 2, 13)), "needs odd kernel sizes.*got 2 x 2"),
     (lambda: timm.create_model("slak_tiny", decomposed=False, laid_out=True), "needs decomposed=True"),
     (lambda: timm.create_model("lk_convnext_tiny", arrangement="cross"), "single, parallel, sequential, stacked or dilated"),
     (lambda: timm.create_model("unireplknet_tiny", kernel_sizes=(3, 21, 13, 13)), "got 21"),

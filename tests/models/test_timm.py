@@ -57,6 +57,34 @@ def test_the_classifier_can_be_replaced_and_dropped(model):
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, model.num_features, 2, 2)
 
 
+@pytest.mark.parametrize("pooling", ["max", "rubbish", "avgmax"])
+def test_another_pooling_than_the_mean_is_refused_and_changes_nothing(model, pooling):
+    with pytest.raises(ValueError, match=f"global_pool must be .* got '{pooling}'"):
+        timm.create_model("sw_tiny", **SMALL, global_pool=pooling)
+    with pytest.raises(ValueError, match=f"global_pool must be .* got '{pooling}'"):
+        model.reset_classifier(7, pooling)
+    assert (model.global_pool, model.num_classes, model.get_classifier().out_features) == ("avg", 5, 5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_training_drops_pooled_features_before_the_classifier_and_evaluation_none(name):
+    model = timm.create_model(name, **SMALL, drop_rate=0.5)
+    x = torch.randn(32, model.num_features, 3, 3)
+    whole, dropped = (model.train(training).forward_head(x, pre_logits=True) for training in (False, True))
+    assert torch.equal(whole, model.norm(x.mean((2, 3))))
+    kept = dropped != 0
+    assert 0.3 < kept.float().mean() < 0.7
+    torch.testing.assert_close(dropped[kept], 2 * whole[kept])
+
+
+def test_without_a_drop_rate_the_head_draws_nothing_and_no_rate_has_a_weight(model):
+    x, before = torch.randn(1, model.num_features, 3, 3), torch.get_rng_state()
+    assert torch.equal(model.train().forward_head(x), model.eval().forward_head(x))
+    assert torch.equal(torch.get_rng_state(), before)
+    plain, dropping = (timm.create_model("sw_tiny", **SMALL, drop_rate=rate) for rate in (0.0, 0.5))
+    assert list(plain.state_dict()) == list(dropping.state_dict())
+
+
 def trained(model: torch.nn.Module, amp: bool) -> list[torch.Tensor]:
     """Loss, gradients, statistics and random state after two passes in training."""
     torch.manual_seed(1)

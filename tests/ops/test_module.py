@@ -159,3 +159,16 @@ def test_tables_are_not_part_of_the_state_dict():
 def test_wrong_arguments_are_told_in_a_sentence(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         ShiftwiseConv2d(6, **arguments)
+
+
+@pytest.mark.parametrize("padding", ["full", "half"])
+@pytest.mark.parametrize("norm", ["branch", "filter", None])
+def test_a_layer_of_shapes_only_gives_the_shape_in_every_form(norm, padding):
+    with torch.device("meta"):
+        module, x = ShiftwiseConv2d(6, 13, ghost_ratio=0.3, norm=norm, padding=padding).eval(), torch.empty(2, 6, 9, 7)
+    outputs = [module(x)]
+    module.reparameterize()
+    outputs.append(module(x))
+    module.absorb()
+    outputs.append(module(x))
+    assert all(y.is_meta and y.shape == x.shape for y in outputs)

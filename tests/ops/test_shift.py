@@ -99,3 +99,26 @@ def test_maps_smaller_than_their_halo_are_refused():
     pad = torch.zeros(2, 1, dtype=I32)
     with pytest.raises(ValueError, match="larger than two halos"):
         shift_add(torch.zeros(1, 2, 4, 2), pad, pad, torch.zeros(1, 1, dtype=I32), halo=1)
+
+
+@pytest.mark.parametrize("tables", ["cpu", "meta"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_maps_that_are_shapes_only_give_shapes_wherever_the_tables_are(dtype, tables):
+    maps = torch.empty(2, 6, 9, 7, dtype=dtype, device="meta", requires_grad=True)
+    pad = torch.zeros(6, 4, dtype=I32, device=tables)
+    pick = torch.tensor([[0, 1, 2, 2], [3, 3, 4, 5]])
+    parts = shift_add(maps, pad, pad, pick, halo=1)
+    real = shift_add(torch.zeros(2, 6, 9, 7, dtype=dtype), torch.zeros(6, 4, dtype=I32), torch.zeros(6, 4, dtype=I32), pick, 1)
+    for part, wanted in zip(parts, real, strict=True):
+        assert part.is_meta
+        assert (part.shape, part.dtype, part.stride()) == (wanted.shape, wanted.dtype, wanted.stride())
+    (grad,) = torch.autograd.grad([part.sum() for part in parts], maps)
+    assert grad.shape == maps.shape
+    with pytest.raises(ValueError, match="same kernel size"):
+        shift_add(maps, pad[:4], pad[:4], pick, halo=1)
+
+
+def test_tables_that_are_shapes_only_do_not_move_real_maps():
+    pad, pick = torch.zeros(2, 1, dtype=I32, device="meta"), torch.zeros(1, 1, dtype=I32)
+    with pytest.raises(ValueError, match="on one device, got cpu, meta, meta, cpu"):
+        shift_add(torch.zeros(1, 2, 4, 4), pad, pad, pick, halo=0)

@@ -337,11 +337,13 @@ class Downstream:
         Raises
         ------
         ParamsError
-            For an unknown run or profile.
+            For an unknown run or profile, or a batch that the processes of the pretraining's machine cannot share.
         """
         self.run(run)
         self.profile(profile)
-        return json.loads(self._resolved[run, profile])
+        row = json.loads(self._resolved[run, profile])
+        self._check_shares(run, profile, row)
+        return row
 
     def identity(self, run: str, profile: str) -> str:
         """The part of a resolved row that makes a result what it is, as JSON text."""
@@ -439,14 +441,12 @@ class Downstream:
             grown = len(scale.grow.depths)
             args |= {key: [*args[key], *getattr(scale.grow, key)] for key in ("depths", "dims", "kernel_sizes")}
         args.pop("layer_scale_init", None)                            # the recipe's
-        resolved = {
+        return json.dumps({
             "task": row.task, "network": {"name": network["name"], "args": args}, "grown": grown,
             "init": {"kind": kind, "name": None if kind == "random" else name},
             **setting.model_dump(mode="json"), "pictures": scale.pictures,
             "machine": _merge(pretrained["machine"], scale.machine),
-        }
-        self._check_shares(run, profile, resolved)
-        return json.dumps(resolved, sort_keys=True)
+        }, sort_keys=True)
 
     def _check_shares(self, run: str, profile: str, row: Mapping[str, Any]) -> None:
         batch, machine = row["recipe"]["batch_size"], row["machine"]

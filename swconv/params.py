@@ -8,6 +8,7 @@ import difflib
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -21,6 +22,7 @@ from swconv.atomic import write_atomic
 Map = Literal["paper", "mini"]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 # Where data lies, how fast they are read, how the work is shared out, and what is done with the result afterwards do not
 # change it: left out of a run's identity. The number of processes where BatchNorm sees what all of them have.
 _CIRCUMSTANCES = {"dataset": ("root", "workers", "cache"), "machine": ("checkpoint_minutes", "processes", "recompute"),
@@ -202,6 +204,7 @@ class Dataset(_Row):
 
     `cache` keeps what a transform without chance makes in memory. `cache_px` is another thing: the data rule decodes every
     image once, its short side reduced to so many px, and training starts from these pixels, so it belongs to the identity.
+    Rows that need larger images read the files.
     """
 
     name: str
@@ -230,6 +233,9 @@ class Dataset(_Row):
             raise ValueError(
                 f"mean and std need one entry per channel (in_chans: {self.in_chans}), got {len(self.mean)} and {len(self.std)}"
             )
+        if self.cache_px and self.cache_px < (side := _resized(self.image_size, self.crop_pct)):
+            raise ValueError(f"cache_px needs {side} px or more, to which image_size: {self.image_size} and crop_pct: "
+                             f"{self.crop_pct:g} resize images, got {self.cache_px}")
         return self
 
 
@@ -515,7 +521,7 @@ class Active(_Row):
     """What both engines make when nothing else is asked for."""
 
     profile: str
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
+    seeds: tuple[Seed, ...] = Field(min_length=1)
     reports_folder: str  # that of the profile; DVC cannot look it up
 
 
@@ -603,6 +609,7 @@ class Params:
                 args, training = _merge(args, changes.model), _merge(training, changes.recipe)
                 dataset |= changes.dataset.model_dump(exclude_none=True)
         name, check = self._models[model].name, self._runs_file.check
+        _read_files_where_larger(dataset)
         checked_recipe = check(Recipe, ("runs", run, "recipe"), training)
         self._check_shares(run, profile, checked_recipe)
         checked = {
@@ -673,11 +680,13 @@ class Params:
     def released(self, name: str, profile: str) -> dict[str, Any]:
         """Published weights as a profile takes them: `model`, `file`, `dataset` (with their size and crop), `machine`."""
         row, scale = self.published(name), self.profile(profile)
+        dataset = scale.dataset.model_dump(mode="json", exclude_none=True)
+        dataset |= {"image_size": row.input, "crop_pct": row.crop_pct, "crop_mode": row.crop_mode}
+        _read_files_where_larger(dataset)
         return {
             "model": {"name": row.model, "args": row.args},
             "file": {"path": row.path, "sha256": row.sha256, "part": row.part, "source": row.source},
-            "dataset": scale.dataset.model_dump(mode="json", exclude_none=True)
-            | {"image_size": row.input, "crop_pct": row.crop_pct, "crop_mode": row.crop_mode},
+            "dataset": dataset,
             "machine": scale.machine.model_dump(mode="json"),
         }
 
@@ -888,6 +897,17 @@ def write_active(path: Path, active: Active) -> None:
     text = yaml.safe_dump(active.model_dump(mode="json"), default_flow_style=None, sort_keys=False)
     if not path.exists() or path.read_text() != text:
         write_atomic(path, text.encode())
+
+
+def _resized(image_size: int, crop_pct: float) -> int:
+    """Px to which timm resizes an image's short side before it takes the crop."""
+    return math.floor(image_size / crop_pct)
+
+
+def _read_files_where_larger(dataset: dict[str, Any]) -> None:
+    """Images reduced to less than a row needs would be blown up again: such a row reads the files."""
+    if dataset.get("cache_px", math.inf) < _resized(dataset["image_size"], dataset["crop_pct"]):
+        del dataset["cache_px"]
 
 
 def _essence(row: dict[str, Any]) -> str:

@@ -188,3 +188,15 @@ def test_data_that_are_not_there_yet_are_told(tmp_path, capsys):
     place = str(tmp_path)
     assert main(["finetune", "voc07_slak_t", "--profile", "overfit", "--seed", "0", "--data", place, "--out", place]) == 1
     assert "needs the dataset record" in capsys.readouterr().err
+
+
+def test_a_number_of_processes_that_some_fine_tunes_cannot_share_stops_only_these(tmp_path):
+    shutil.copytree("params", tmp_path / "params")
+    path = tmp_path / "params/profiles/mini.yaml"
+    text = path.read_text()
+    path.write_text(text.replace("  processes: 1", "  processes: 4"))
+    assert path.read_text() != text
+    known = downstream_params.load(tmp_path / "params", params.load(tmp_path / "params"))
+    assert known.resolve("ade_160k_sw_tiny", "paper")["machine"]["processes"] == 1
+    with pytest.raises(params.ParamsError, match=r"sw_tiny on profile smoke: batch_size 2 .* machine.processes \(4\)\."):
+        known.identity("ade_160k_sw_tiny", "smoke")

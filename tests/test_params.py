@@ -609,6 +609,20 @@ def test_reduced_images_are_part_of_the_identity_and_workers_are_not(folder):
     assert same != params.load(folder).identity("sw11", "paper")
 
 
+def test_rows_and_weights_larger_than_the_reduced_images_read_the_files(folder):
+    edit(folder, "  workers: 8 ", "  cache_px: 256\n  workers: 8 ", "profiles/paper.yaml")
+    known = params.load(folder)
+    assert known.resolve("sw11", "paper")["dataset"]["cache_px"] == 256
+    assert "cache_px" not in known.resolve("slak_b_384ft", "paper")["dataset"]
+    assert "cache_px" not in known.released("slak_base_384", "paper")["dataset"]
+
+
+def test_reduced_images_smaller_than_the_profiles_own_are_refused(folder):
+    edit(folder, "  workers: 8 ", "  cache_px: 255\n  workers: 8 ", "profiles/paper.yaml")
+    with pytest.raises(params.ParamsError, match="paper.yaml.*cache_px needs 256 px or more.* got 255"):
+        params.load(folder)
+
+
 def test_masks_per_filter_by_single_magnitudes_are_refused(folder):
     edit(folder, "    prune: magnitude_sum            # [C]\n", "    prune: magnitude\n", "recipes.yaml")
     with pytest.raises(params.ParamsError, match="granularity: element, .*, got filter, 131 and false"):

@@ -217,6 +217,7 @@ def corners_of(boxes3d: Tensor) -> Tensor:
 
 def _judge(config: Mapping[str, Any], data_dir: Path, weights: Path) -> tuple[Judge, int]:
     device = prepare_machine(config["machine"])
+    sources.verify(data_dir, config["task"])
     used = benchmark(config, sources.root_of(data_dir, config["task"]))
     model = load_finished(config, used, weights).to(device, memory_format=MEMORY_FORMATS[config["machine"]["memory_format"]])
     judge = JUDGES[config["task"]](used, model, device)

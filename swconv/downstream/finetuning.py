@@ -171,10 +171,13 @@ class Stream:
     ----------
     parts : int
         Micro-batches of a step in this process.
+    bad_files : set of str
+        Stays empty: a fine-tune stops at an unreadable image.
     """
 
     def __init__(self, images: Images, batches: Batches, collate: Collate, steps: int, workers: int, pin_memory: bool) -> None:
         self.batches, self.steps, self.parts = batches, steps, batches.parts
+        self.bad_files: set[str] = set()
         self.loader = Loader(images, batches, collate, workers, pin_memory)
 
     def epoch(self, number: int, first: int = 0) -> Iterator[tuple[Tensor, list[Target]]]:

@@ -10,7 +10,7 @@ import logging
 import os
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -336,7 +336,7 @@ class _Decoded:
         arrays, labels, bad = zip(*(images.load(0, index) for index in keys), strict=True)
         self.images, self.labels, self.batches = torch.from_numpy(np.stack(arrays)), torch.tensor(labels), batches
         self.bad_files: set[str] = set()
-        _tell(self.bad_files, sum(bad, []))
+        tell(self.bad_files, sum(bad, []))
 
     def __iter__(self) -> Iterator[Batch]:
         for keys in self.batches:
@@ -364,12 +364,12 @@ class _Streamed:
             if isinstance(batch, manifest.ImageError):
                 raise batch
             images, labels, bad = batch
-            _tell(self.bad_files, bad)
+            tell(self.bad_files, bad)
             yield images, labels
 
 
-def _tell(known: set[str], bad: list[str]) -> None:
-    """Log every unreadable file once, with the count so far."""
+def tell(known: set[str], bad: Iterable[str]) -> None:
+    """Log every unreadable file once, with the count so far, and add it to those known."""
     for path in bad:
         if path not in known:
             known.add(path)

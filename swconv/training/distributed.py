@@ -3,6 +3,7 @@
 `launch` starts them on this machine; torchrun may do it instead, on many: both say who a process is in its environment.
 """
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 PATIENCE = timedelta(days=7)                                          # with one that waits for a lock, or verifies files
 GRACE = 10.0                                                          # seconds for the others once a process ended badly
 _RENDEZVOUS = "SWCONV_RENDEZVOUS"                                     # where those that `launch` started meet
+_PROGRAM = [sys.executable, "-m", "swconv"]
+_LEASES: dict[str, int] = {}                                          # this process's GPUs: files that it holds locked
 
 
 def rank() -> int:
@@ -44,6 +48,36 @@ def world() -> int:
 def started() -> bool:
     """Whether `launch`, or torchrun, started this process."""
     return "RANK" in os.environ
+
+
+def visible_gpus() -> list[str]:
+    """GPUs that this process may use, by number or as CUDA_VISIBLE_DEVICES names them."""
+    named, there = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
+    return named.split(",")[:there] if named else [str(number) for number in range(there)]
+
+
+def own_gpus(count: int) -> list[int]:
+    """Places in `visible_gpus` of so many on which no other job of this user computes; the first ones, if too few are free.
+
+    They are kept until this process ends, however it ends.
+    """
+    folder, names = Path(tempfile.gettempdir(), f"swconv-gpus-{os.getuid()}"), visible_gpus()
+    folder.mkdir(exist_ok=True)
+    order = sorted(range(len(names)), key=lambda place: names[place] not in _LEASES)
+    places = sorted(islice((place for place in order if _lease(folder, names[place])), count))
+    return places if len(places) == count else list(range(count))
+
+
+def _lease(folder: Path, name: str) -> bool:
+    if name not in _LEASES:
+        file = os.open(folder / name, os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            return False
+        _LEASES[name] = file
+    return True
 
 
 @contextmanager
@@ -123,11 +157,13 @@ def launch(arguments: Sequence[str], processes: int, asked: Callable[[], bool]) 
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="swconv-")))
         said = [None, *(stack.enter_context((folder / str(number)).open("w+")) for number in range(1, processes))]
         where = {"WORLD_SIZE": str(processes), _RENDEZVOUS: f"file://{folder}/rendezvous"}
+        if processes <= len(gpus := visible_gpus()):
+            where["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[place] for place in own_gpus(processes))
         workers: list[subprocess.Popen] = []
         stack.callback(_end, workers)
         for number in range(processes):
             environment = os.environ | where | {"RANK": str(number), "LOCAL_RANK": str(number)}
-            workers.append(subprocess.Popen([sys.executable, "-m", "swconv", *arguments], env=environment, stderr=said[number]))
+            workers.append(subprocess.Popen([*_PROGRAM, *arguments], env=environment, stderr=said[number]))
         told, first, deadline = False, None, float("inf")
         while any(worker.poll() is None for worker in workers) and time.monotonic() < deadline:
             if asked() and not told:

@@ -11,6 +11,7 @@ from torch import nn
 
 from swconv.atomic import write_json
 from swconv.ops import ShiftwiseConv2d
+from swconv.training import manifest
 from swconv.training.data import MEMORY_FORMATS, ValLoader
 from swconv.training.finished import diverged_at, load_weights, published_sha256
 from swconv.training.loop import VAL_BATCH, build, normaliser, prepare_machine, scores
@@ -23,13 +24,14 @@ def evaluate(config: Mapping[str, Any], data_dir: Path, weights: Path, out: Path
     Raises
     ------
     ValueError
-        When the weights are not those that were published (sha256), or do not fit the model.
+        When the weights are not those that were published (sha256), or do not fit the model, or the images changed.
     """
     began = time.monotonic()
     device, digest = prepare_machine(config["machine"]), published_sha256(weights)
     if (step := diverged_at(weights)) is not None:
         _publish(out, record, digest, began, {"diverged": (step, "step")})
         return
+    manifest.verify(data_dir, ("val",))
     model = build(config).to(device, memory_format=MEMORY_FORMATS[config["machine"]["memory_format"]])
     load_weights(model, weights)
     val = ValLoader(config["dataset"], data_dir, VAL_BATCH)

@@ -35,7 +35,7 @@ from swconv.models.network import set_recompute
 from swconv.models.sync_norm import sync_batch_norms
 from swconv.sparsity import SparseTraining
 from swconv.training import checkpoint, distributed, manifest
-from swconv.training.data import MEMORY_FORMATS, TrainLoader, ValLoader, erasing_for, mixup_for, to_input
+from swconv.training.data import MEMORY_FORMATS, TrainLoader, ValLoader, erasing_for, mixup_for, tell, to_input
 from swconv.training.finished import first_line, load_weights, published_sha256
 from swconv.training.memory import keep_freed_memory, return_freed_memory
 from swconv.training.optim import parameter_groups, schedule
@@ -195,7 +195,8 @@ class Training:
         """All that the next step depends on, but for the global generators; the same in every process."""
         parts = {name: part.state_dict() for name, part in self._parts().items()}
         return parts | {"done": self.done, "position": self.position, "tally": vars(self.tally), "lines": self.lines,
-                        "seconds": self.seconds, "environments": self.environments}
+                        "seconds": self.seconds, "environments": self.environments,
+                        "bad_files": sorted(self.loader.bad_files)}
 
     def epoch(self, title: str, log_every: int, wishes: Callable[[], list[bool]]) -> Iterator[list[bool]]:
         """Take the steps that are left of the epoch; after each, tell which wishes any process has.
@@ -254,6 +255,10 @@ class Training:
             line["density"] = self.sparsity.density()
         if tally.bad:
             line["bad_steps"] = tally.bad
+        for met in distributed.gathered(sorted(self.loader.bad_files)) or ():
+            tell(self.loader.bad_files, met)
+        if self.loader.bad_files:
+            line["bad_files"] = len(self.loader.bad_files)
         line |= {"images_per_second": self.steps * self.recipe["batch_size"] / tally.seconds,
                  "seconds": tally.seconds + time.monotonic() - clock}
         self.lines.append(line)
@@ -330,8 +335,10 @@ class Training:
             val_loss=(epochs[-1]["val_loss"], ""), epochs=(self.epochs, "epochs"), steps=(self.epochs * self.steps, "steps"),
             parameters=(sum(p.numel() for p in self.model.parameters()), "weights"),
             **({"density": (self.sparsity.density(), "")} if self.sparsity else {}),
+            **({"bad_files": (len(self.loader.bad_files), "files")} if self.loader.bad_files else {}),
         )
-        self._publish(out, record | {"status": "finished"}, metrics, self.judged.state_dict(), {})
+        named = {"bad_files": sorted(self.loader.bad_files)} if self.loader.bad_files else {}
+        self._publish(out, record | {"status": "finished"} | named, metrics, self.judged.state_dict(), {})
 
     def publish_diverged(self, out: Path, record: dict[str, Any], error: DivergedError) -> None:
         """Write that the run has no result, and why; weights.safetensors holds no tensor."""
@@ -370,6 +377,7 @@ class Training:
                 part.load_state_dict(state[name])
             self.done, self.position, self.tally = state["done"], state["position"], _Tally(**state["tally"])
             self.lines, self.seconds, self.environments = state["lines"], state["seconds"], state["environments"]
+            self.loader.bad_files.update(state["bad_files"])
             found = state["generators"]
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{path} needs to be a checkpoint of this run, but its {name} does not fit "
@@ -542,6 +550,8 @@ def prepare_machine(machine: Mapping[str, Any]) -> torch.device:
     if number >= there:
         raise RuntimeError(f"every process needs a GPU of its own, got {there} for process {number} and those before it. Set "
                            f"machine.processes: {there} in the profile, or use a machine with more.")
+    if not distributed.started():
+        number, = distributed.own_gpus(1)
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
 

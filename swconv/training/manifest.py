@@ -133,16 +133,17 @@ def samples(data_dir: Path, split: str) -> tuple[list[str], list[str]]:
     return ["/".join(part) for part in parts], sorted({part[1] for part in parts})
 
 
-def verify(data_dir: Path) -> None:
-    """Compare the folders with the manifest: no image is missing or new, and size and (where recorded) sha256 are the same.
+def verify(data_dir: Path, splits: Sequence[str] = SPLITS) -> None:
+    """Compare folders with the manifest: no image is missing or new, and size and (where recorded) sha256 are the same.
 
     Raises
     ------
     ValueError
         Names the first files that differ.
     """
-    root, rows, bad = read(data_dir)["root"], _entries(data_dir), []
-    found = {path: size for split in SPLITS if (root / split).is_dir() for path, size in _files(root, split)}
+    root, bad = read(data_dir)["root"], []
+    rows = [row for row in _entries(data_dir) if row[0].split("/")[0] in splits]
+    found = {path: size for split in splits if (root / split).is_dir() for path, size in _files(root, split)}
     for path, size, sha256 in tqdm(rows, desc="data: verify", unit="file", disable=None):
         there = found.pop(path, None)
         if there is None:
@@ -152,8 +153,8 @@ def verify(data_dir: Path) -> None:
     bad += [f"{root / path} (new)" for path in found]
     if bad:
         raise ValueError(
-            f"{data_dir}/manifest.csv lists {len(rows)} files, got {len(bad)} that differ: {_first(bad)}; "
-            "restore them or run the data rule again."
+            f"{data_dir}/manifest.csv lists {len(rows)} files of {' and '.join(splits)}, got {len(bad)} that differ: "
+            f"{_first(bad)}; restore them or run the data rule again."
         )
 
 

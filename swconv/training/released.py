@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import swconv.models  # noqa: F401  registers the models with timm
 from swconv.atomic import file_sha256, write_atomic, write_json
+from swconv.training import manifest
 from swconv.training.conversion import differences
 from swconv.training.data import MEMORY_FORMATS, ValLoader
 from swconv.training.finished import published_sha256
@@ -87,10 +88,11 @@ def evaluate_released(config: Mapping[str, Any], data_dir: Path, weights: Path, 
     Raises
     ------
     ValueError
-        When the weights are not those that were published (sha256), or do not fit the model.
+        When the weights are not those that were published (sha256), or do not fit the model, or the images changed.
     """
     began, machine = time.monotonic(), config["machine"]
     device, digest = prepare_machine(machine), published_sha256(weights)
+    manifest.verify(data_dir, ("val",))
     state = load_file(weights)
     network = _create(config)
     network.load_state_dict(state)

@@ -1,5 +1,6 @@
 """Two gloo processes: the weights of one process with twice the batch, bit for bit after a stop or a kill, and one command."""
 
+import fcntl
 import json
 import os
 import random
@@ -8,8 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,7 @@ from safetensors.torch import load_file
 from torch import multiprocessing
 
 from swconv import params
-from swconv.training import loop, manifest, optim, record
+from swconv.training import distributed, loop, manifest, optim, record
 from swconv.training.stop import StoppedError
 
 RUN, STEPS = "sw22", 10
@@ -222,6 +225,54 @@ def wait_for_epoch(process: subprocess.Popen, folder: Path, epoch: int) -> None:
         assert process.poll() is None, (folder / "told").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+@pytest.fixture
+def three_gpus(tmp_path, monkeypatch):
+    """A machine with three, by name; gives what another job does that takes one."""
+    monkeypatch.setattr(distributed, "visible_gpus", lambda: ["a", "b", "c"])
+    monkeypatch.setattr(distributed, "_LEASES", {})
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with ExitStack() as stack:
+        def take(name: str) -> None:
+            folder = tmp_path / f"swconv-gpus-{os.getuid()}"
+            folder.mkdir(exist_ok=True)
+            fcntl.flock(stack.enter_context((folder / name).open("w")), fcntl.LOCK_EX)
+        yield take
+    for file in distributed._LEASES.values():
+        os.close(file)
+
+
+def test_a_job_takes_gpus_that_no_other_one_has_and_keeps_them(three_gpus):
+    three_gpus("a")
+    assert distributed.own_gpus(1) == [1]
+    assert distributed.own_gpus(1) == [1]
+    assert distributed.own_gpus(2) == [1, 2]
+
+
+def test_a_gpu_is_free_again_when_its_job_is_killed(three_gpus):
+    hold = ("import time; from swconv.training import distributed as d; d.visible_gpus = lambda: ['a', 'b', 'c']; "
+            "print(d.own_gpus(2), flush=True); time.sleep(99)")
+    with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True,
+                          env=os.environ | {"TMPDIR": tempfile.gettempdir()}) as job:
+        assert job.stdout.readline() == "[0, 1]\n"
+        assert distributed.own_gpus(1) == [2]
+        job.kill()
+    assert distributed.own_gpus(3) == [0, 1, 2]
+
+
+def test_where_too_few_gpus_are_free_the_first_are_shared(three_gpus):
+    three_gpus("b")
+    assert distributed.own_gpus(3) == [0, 1, 2]
+
+
+def test_processes_that_train_together_see_the_gpus_that_are_free(three_gpus, monkeypatch, tmp_path):
+    three_gpus("b")
+    tell = "import os; open(os.environ['RANK'], 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])"
+    monkeypatch.setattr(distributed, "_PROGRAM", [sys.executable, "-c", tell])
+    monkeypatch.chdir(tmp_path)
+    assert distributed.launch([], 2, lambda: False) == 0
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["a,c", "a,c"]
 
 
 @pytest.mark.slow

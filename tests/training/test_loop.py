@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -361,6 +362,30 @@ def test_the_papers_recipe_trains_on_a_folder_in_imagenets_form(photographs, tmp
     assert metrics["density"]["value"] < 0.9
     evaluation.evaluate(config, tmp_path / "data", out / "weights.safetensors", tmp_path / "evaluate", circumstances(config))
     assert json.loads((tmp_path / "evaluate/metrics.json").read_text())["images"]["value"] == 10
+
+
+def test_files_that_others_stood_in_for_are_in_the_results_and_survive_a_stop(config, photographs, tmp_path):
+    bad = sorted((photographs / "train").rglob("*_[34].JPEG"))
+    for path in bad:
+        path.write_bytes(b"")
+    config["recipe"] |= {"epochs": 1, "warmup_epochs": 0.0, "batch_size": 4, "sparsity": None}
+    config["dataset"] |= {"name": "photos", "root": str(photographs), "num_classes": 2, "bad_files": "skip", "cache": False}
+    manifest.prepare(config["dataset"], tmp_path / "data")
+    with pytest.raises(StoppedError):                                 # before the last of six steps: most files have been met
+        loop.train(config, tmp_path / "data", tmp_path / "out", tmp_path / "checkpoints", circumstances(config),
+                   asked=stop_after(5))
+    out = run(config, tmp_path / "data", tmp_path)
+    assert json.loads((out / "run.json").read_text())["bad_files"] == [str(path) for path in bad]
+    assert metrics_of(out)["bad_files"] == {"value": 4, "unit": "files"}
+    assert json.loads((out / "log.jsonl").read_text().splitlines()[-1])["bad_files"] == 4
+
+
+def test_images_that_changed_since_the_manifest_are_not_measured(config, digits, tmp_path):
+    out, data = run(config, digits, tmp_path), shutil.copytree(digits, tmp_path / "data")
+    changed = next((data / "images" / "val").rglob("*.png"))
+    changed.write_bytes(changed.read_bytes() + b"\0")
+    with pytest.raises(ValueError, match=rf"{changed} \(changed\); restore them"):
+        evaluation.evaluate(config, data, out / "weights.safetensors", tmp_path / "evaluate", circumstances(config))
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch(config, digits):

@@ -50,15 +50,19 @@ def test_verify_names_missing_and_changed_files(tmp_path):
     first, second, *_ = sorted((tmp_path / "images" / "val").rglob("*.png"))
     first.unlink()
     second.write_bytes(second.read_bytes()[:-1] + b"\0")
-    with pytest.raises(ValueError, match=rf"30 files, got 2 that differ: {first} \(missing\), {second} \(changed\)"):
+    differ = rf"2 that differ: {first} \(missing\), {second} \(changed\)"
+    with pytest.raises(ValueError, match=f"30 files of train and val, got {differ}"):
         manifest.verify(tmp_path)
+    with pytest.raises(ValueError, match=f"10 files of val, got {differ}"):
+        manifest.verify(tmp_path, ("val",))
+    manifest.verify(tmp_path, ("train",))
 
 
 def test_verify_names_files_that_came_after_the_manifest(tmp_path):
     manifest.prepare(DIGITS, tmp_path)
     later = tmp_path / "images" / "train" / "3" / "later.png"
     shutil.copy(next((tmp_path / "images" / "val").rglob("*.png")), later)
-    with pytest.raises(ValueError, match=rf"30 files, got 1 that differ: {later} \(new\); restore"):
+    with pytest.raises(ValueError, match=rf"30 files of train and val, got 1 that differ: {later} \(new\); restore"):
         manifest.verify(tmp_path)
 
 

@@ -27,8 +27,8 @@ def one_sentence():
 def asked_seeds(asked):
     """`--config seeds=0,1,2`, `seeds=0` or a YAML list, as numbers."""
     items = asked if isinstance(asked, list) else str(asked).replace(",", " ").split()
-    if not items or not all(str(item).isdecimal() for item in items):
-        sys.exit(f"--config seeds needs whole numbers, as in seeds=0,1,2; got seeds={asked}.")
+    if not items or not all(str(item).isdecimal() and int(item) < 2**32 for item in items):
+        sys.exit(f"--config seeds needs whole numbers below 2**32, as in seeds=0,1,2; got seeds={asked}.")
     return tuple(dict.fromkeys(int(item) for item in items))
 
 

@@ -89,13 +89,15 @@ def calibrate(args: argparse.Namespace) -> None:
 
 
 def lay_out(args: argparse.Namespace) -> None:
-    from swconv import params
+    from swconv import fingerprint, params
     from swconv.training import conversion
 
     known = params.load(PARAMS)
     source = known.run(args.run).same_weights
     if source is None:
         raise ValueError(f"run {args.run} has no same_weights in params/runs.yaml: it is trained, not laid out.")
+    code = fingerprint.fingerprint("swconv.training.conversion", csrc=True)
+    _check_planned(args, known.identity(args.run, args.profile), code)
     conversion.convert_run(known.resolve(source, args.profile), known.resolve(args.run, args.profile), args.data, args.weights,
                            args.out, args.seed)
 
@@ -228,7 +230,15 @@ def cost(args: argparse.Namespace) -> None:
 
     from swconv.analysis.cost import count, table
 
-    counts = count(args.model, args.input, args.sparsity, args.counting, _model_arguments(args.set))
+    arguments, network = _model(args.model, args.set)
+    try:
+        counts = count(args.model, args.input, args.sparsity, args.counting, arguments)
+    except RuntimeError as error:
+        for last in getattr(network, "feature_info", [])[-1:]:
+            if args.input < (least := last["reduction"]):
+                raise ValueError(f"{args.model} reduces images {least}-fold and needs --input {least} or more, "
+                                 f"got {args.input}.") from error
+        raise
     sys.stdout.write((json.dumps(counts, indent=2) if args.json else table(counts)) + "\n")
 
 
@@ -303,7 +313,8 @@ def throughput(args: argparse.Namespace) -> None:
 def convert(args: argparse.Namespace) -> None:
     from swconv import weights
 
-    told = weights.convert(args.source, args.model, args.out, _model_arguments(args.set), args.laid_out, args.sha256)
+    arguments, _ = _model(args.model, args.set)
+    told = weights.convert(args.source, args.model, args.out, arguments, args.laid_out, args.sha256)
     logging.info("wrote %s: %s", args.out, ", ".join(f"{key} {value}" for key, value in told.items()))
 
 
@@ -379,14 +390,56 @@ def ui(args: argparse.Namespace) -> None:
     os.execvp(command[0], command)
 
 
-def _model_arguments(pairs: list[str]) -> dict:
-    """`width_factor=1.5` and the like, values as in YAML."""
+def _model(name: str, pairs: list[str]):
+    """Arguments from `width_factor=1.5` and the like, values as in YAML, and the network that they make, of shapes only."""
+    import timm
+    import torch
     import yaml
+
+    import swconv.models  # noqa: F401
+    from swconv import params
 
     for pair in pairs:
         if "=" not in pair:
             raise ValueError(f"--set needs name=value, as in width_factor=1.5, got {pair}.")
-    return {name: yaml.safe_load(value) for name, value in (pair.split("=", 1) for pair in pairs)}
+    try:
+        arguments = {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in pairs)}
+    except yaml.YAMLError as error:
+        raise ValueError(f"--set needs values in YAML, as in depths=[3,3,27,3], got {' '.join(pairs)}.") from error
+    if not timm.is_model(name):
+        raise ValueError(f"{params._unknown('model', name, timm.list_models())}.")
+    try:
+        with torch.device("meta"):
+            return arguments, timm.create_model(name, **arguments)
+    except (TypeError, ValueError) as error:
+        said = _wrong_argument(name, arguments) or f"{name}, --set {' '.join(pairs)}: {str(error).splitlines()[0]}"
+        raise ValueError(said) from error
+
+
+def _wrong_argument(model: str, arguments: dict) -> str | None:
+    """What is wrong with arguments of which `model` could not be made, as far as params/ knows its arguments."""
+    import inspect
+    import json
+
+    from pydantic import ValidationError
+
+    from swconv import params
+    from swconv.models import LargeKernelNet
+
+    if (schema := params.ARGS.get(model)) is None:
+        return None
+    general = inspect.signature(LargeKernelNet).parameters.values()
+    known = [*schema.model_fields, *(each.name for each in general if each.default is not each.empty)]
+    if unknown := [name for name in arguments if name not in known]:
+        return f"{model}: {params._unknown('argument', unknown[0], known)}."
+    try:
+        schema.model_validate_json(json.dumps(arguments, default=str))
+    except ValidationError as error:
+        for fault in error.errors():
+            if fault["type"] not in ("missing", "extra_forbidden"):
+                name = fault["loc"][0]
+                return f"{model}, argument {name}: {fault['msg'][:1].lower()}{fault['msg'][1:]}, got {arguments[name]!r}."
+    return None
 
 
 def _evidence(args: argparse.Namespace, profile: str):
@@ -405,6 +458,14 @@ def _folder(args: argparse.Namespace, stage: str, run: str, seed: int) -> Path:
     return Path("artifacts") / args.profile / stage / run / f"seed{seed}"
 
 
+def _check_planned(args: argparse.Namespace, identity: str, code: str) -> None:
+    """Refuse another row or other code than Snakemake planned with."""
+    from swconv import params
+
+    if args.planned not in (None, params.key(identity, "", code, args.seed)):
+        raise ValueError("csrc/, params/ or swconv/ changed since this run was planned; repeat the command.")
+
+
 def _record(args: argparse.Namespace, module: str, config: dict | None = None, identity: str | None = None,
             init: Path | None = None) -> dict:
     """Circumstances of a run, under its key."""
@@ -415,8 +476,7 @@ def _record(args: argparse.Namespace, module: str, config: dict | None = None, i
         known = params.load(PARAMS)
         config, identity = known.resolve(args.run, args.profile), known.identity(args.run, args.profile)
     code = fingerprint.fingerprint(module, csrc=True)
-    if getattr(args, "planned", None) not in (None, params.key(identity, "", code, args.seed)):
-        raise ValueError("csrc/, params/ or swconv/ changed since this run was planned; repeat the command.")
+    _check_planned(args, identity, code)
     loop.prepare_machine(config["machine"])                           # the record tells the flags that hold
     data_sha256 = manifest.read(args.data)["manifest_sha256"]
     key = params.key(identity, data_sha256, code, args.seed, init and finished.published_sha256(init))
@@ -438,8 +498,7 @@ def _downstream_record(args: argparse.Namespace, module: str, weights: Path | No
     known = _downstream()
     config, identity = known.resolve(args.row, args.profile), known.identity(args.row, args.profile)
     code = fingerprint.fingerprint(module, csrc=True)
-    if args.planned not in (None, params.key(identity, "", code, args.seed)):
-        raise ValueError("csrc/, params/ or swconv/ changed since this run was planned; repeat the command.")
+    _check_planned(args, identity, code)
     loop.prepare_machine(config["machine"])
     data_sha256 = manifest.read(args.data)["manifest_sha256"]
     digest = weights and finished.published_sha256(weights)
@@ -469,9 +528,9 @@ def _parser() -> argparse.ArgumentParser:
     verb(evaluate, "measure trained weights, in training form and merged", "run", "--profile", "--seed", "--data",
          "--weights", "--out", "--planned")
     verb(calibrate, "compute a trained run's BatchNorm statistics anew over the training images", "run", "--profile", "--seed",
-         "--data", "--weights", "--out")
+         "--data", "--weights", "--out", "--planned")
     verb(lay_out, "cut a trained SLaK's strips into squares for a row with same_weights", "run", "--profile", "--seed",
-         "--data", "--weights", "--out")
+         "--data", "--weights", "--out", "--planned")
     verb(fetch, "download a published checkpoint whose url params/weights.yaml gives", "name")
     verb(convert_released, "take in a published checkpoint of params/weights.yaml", "name", "--profile", "--out")
     verb(evaluate_released, "measure published weights, merged and laid out too", "name", "--profile", "--data", "--weights",
@@ -509,6 +568,12 @@ def _seed(text: str) -> int:
     return int(text)
 
 
+def _pixels(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"a whole number above 0 is needed, got {text}")
+    return int(text)
+
+
 _ARGUMENTS = {
     "run": {"help": "id of a row of params/runs.yaml, e.g. sw11"},
     "row": {"help": "id of a row of params/downstream.yaml, e.g. ade_160k_sw_tiny"},
@@ -521,7 +586,7 @@ _ARGUMENTS = {
     "source": {"type": Path, "help": "checkpoint of the released code (.pth, .safetensors)"},
     "--model": {"required": True, "help": "timm's name of our model, e.g. slak_tiny"},
     "--set": {"nargs": "*", "default": [], "metavar": "NAME=VALUE", "help": "arguments of the model, e.g. width_factor=1.5"},
-    "--input": {"type": int, "default": 224, "help": "side of the image, in pixels"},
+    "--input": {"type": _pixels, "default": 224, "help": "side of the image, in pixels"},
     "--sparsity": {"type": float, "default": 0.0, "help": "share of every weight matrix and kernel that is masked"},
     "--counting": {"choices": ["papers", "thop", "unseen"], "default": "papers",
                    "help": "thop adds four per element of a BatchNorm; unseen: large kernels are full and free"},

@@ -42,8 +42,8 @@ def plan(known: Downstream, target: str, profile: str, artifacts: Path = Path("a
         before |= {entry.run: entry for entry in plan_training(known.known, "all", profile, artifacts).entries}
     entries = [_entry(known, run, profile, artifacts) for run in runs]
     machine, planning = known.resolve(runs[0], profile)["machine"], known.known.planning
-    return Plan(target, profile, (*before.values(), *entries), planning.uncertainty, planning.speed, machine["micro_batch"],
-                machine["processes"], machine["device"] == "cuda")
+    return Plan(target, profile, (*before.values(), *entries), planning.uncertainty, planning.speed,
+                machine["device"] == "cuda")
 
 
 def network(task: str, row: Mapping[str, Any]) -> tuple[int, float]:
@@ -87,7 +87,7 @@ def _entry(known: Downstream, run: str, profile: str, artifacts: Path) -> Entry:
     row, task, source = known.resolve(run, profile), known.run(run).task, known.source(run, profile)
     recipe, machine = row["recipe"], row["machine"]
     sizes, batch = _images(known, task, profile, artifacts), recipe["batch_size"]
-    micro = ceil(min(machine["micro_batch"] or batch, batch) / machine["processes"])
+    at_once = ceil(min(machine["micro_batch"] or batch, batch) / machine["processes"])
     per_epoch, epochs, steps = None, recipe["epochs"], recipe["iterations"]
     if sizes:
         part = min(machine["micro_batch"] or batch, batch)
@@ -100,14 +100,15 @@ def _entry(known: Downstream, run: str, profile: str, artifacts: Path) -> Entry:
     if (backbone := _backbone(known, run, profile)) is not None:
         count, floats = network(task, row | {"network": backbone})
         disk = (KEPT_CHECKPOINTS * 12 + 4) * count                    # weights and two moments
-        memory = (16 + recipe["sparse"]) * count + round(micro * floats * (2 if machine["amp"] else 4))
+        memory = (16 + recipe["sparse"]) * count + round(at_once * floats * (2 if machine["amp"] else 4))
     if machine["device"] == "cuda":
         rates = known.known.planning.fine_tunes
         rate = rates.get(run, rates.get(task))
         hours, basis = (None, None) if rate is None or images is None else (images / rate / 3600, "guessed")
     else:
         hours, basis = earlier(artifacts / profile / "finetune" / run, row)
-    return Entry(run, source and source[1], True, None, epochs, per_epoch, steps, images, count, memory, disk, hours, basis)
+    return Entry(run, source and source[1], True, None, epochs, per_epoch, steps, images, count, at_once, memory, disk, hours,
+                 basis)
 
 
 def _backbone(known: Downstream, run: str, profile: str) -> dict[str, Any] | None:

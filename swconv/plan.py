@@ -36,6 +36,8 @@ class Entry:
         Optimizer steps, and images that go through the network.
     parameters : int or None
         That training moves.
+    at_once : int
+        Images that one process has in the network at a time.
     memory : int or None
         Bytes while it trains, of one process: weights, gradients, optimizer, masks, average, and what the backward pass needs.
     disk : int or None
@@ -55,6 +57,7 @@ class Entry:
     steps: int | None = 0
     images: int | None = 0
     parameters: int | None = 0
+    at_once: int = 0
     memory: int | None = 0
     disk: int | None = 0
     hours: float | None = 0.0
@@ -70,8 +73,6 @@ class Plan:
     entries: tuple[Entry, ...]
     uncertainty: float
     speed: Mapping[str, float]
-    micro_batch: int | None
-    processes: int
     gpu: bool
 
     @property
@@ -87,9 +88,7 @@ class Plan:
         """As plain data, for --json."""
         totals = {key: self.total(key) for key in ("steps", "images", "disk", "hours")}
         unknown = [entry.run for entry in self.counted if entry.hours is None]
-        return {"target": self.target, "profile": self.profile, "seeds": 1, "micro_batch": self.micro_batch,
-                "processes": self.processes,
-                "uncertainty": self.uncertainty,
+        return {"target": self.target, "profile": self.profile, "seeds": 1, "uncertainty": self.uncertainty,
                 "speed": dict(self.speed), "runs": [asdict(entry) for entry in self.entries],
                 "totals": {"trained": len(self.counted), **totals, "hours_unknown": unknown}}
 
@@ -111,12 +110,11 @@ def plan(known: Params, target: str, profile: str, artifacts: Path = Path("artif
     ParamsError
         For an unknown target, or a dataset whose number of images is nowhere.
     """
-    machine = known.profile(profile).machine
     same = {run: known.same_as(run, profile) for run in known.runs}
     runs = list(_ordered(known, same, _runs(known, target)))
     entries = [_entry(known, run, profile, same[run], artifacts) for run in runs]
-    return Plan(target, profile, tuple(entries), known.planning.uncertainty, known.planning.speed, machine.micro_batch,
-                machine.processes, machine.device == "cuda")
+    return Plan(target, profile, tuple(entries), known.planning.uncertainty, known.planning.speed,
+                known.profile(profile).uses_gpu)
 
 
 def parameters(name: str, args: Args, in_chans: int, num_classes: int) -> int | None:
@@ -175,8 +173,8 @@ def kept(name: str, args: Args, in_chans: int, image_size: int, recompute: bool 
 
 def table(plan: Plan) -> str:
     """For the terminal."""
-    head = ["run", "epochs", "steps/epoch", "steps", "weights", "memory", "disk", "A100-hours" if plan.gpu else "hours",
-            "starts from"]
+    head = ["run", "epochs", "steps/epoch", "steps", "weights", "at once", "memory", "disk",
+            "A100-hours" if plan.gpu else "hours", "starts from"]
     rows = [[entry.run, *_cells(entry)] for entry in plan.entries]
     widths = [max(len(row[column]) for row in [head, *rows] if column == 0 or len(row) > 2) for column in range(len(head))]
     lines = [[row[0].ljust(widths[0]), *(row[1:] if len(row) == 2 else map(str.rjust, row[1:], widths[1:]))]
@@ -191,8 +189,7 @@ def table(plan: Plan) -> str:
     if unknown:
         why = "they have no rate in params/plan.yaml" if plan.gpu else "none was trained here yet"
         said += f"; hours of {unknown} not known, {why}"
-    each = f" of each of {plan.processes} processes" if plan.processes > 1 else ""
-    memory = f"Memory{each} is an estimate, with {plan.micro_batch or 'all'} images of a batch at a time (machine.micro_batch)."
+    memory = "Memory is an estimate, of one process, with as many images at once as stand before it (machine.micro_batch)."
     body = ["  ".join(line).rstrip() for line in lines]
     return "\n".join([f"{plan.target}, profile {plan.profile}", "", *body, "", f"{said}.", memory])
 
@@ -232,16 +229,17 @@ def _entry(known: Params, run: str, profile: str, same_as: str | None, artifacts
     name, args = row["model"]["name"], row["model"]["args"]
     count = parameters(name, args, dataset["in_chans"], dataset["num_classes"])
     floats = kept(name, args, dataset["in_chans"], dataset["image_size"], machine["recompute"])
+    at_once = ceil(min(machine["micro_batch"] or recipe["batch_size"], recipe["batch_size"]) / machine["processes"])
     memory = disk = None
     if count is not None and floats is not None:
         sparsity = recipe["sparsity"]
         masks = bool(sparsity) and (sparsity["granularity"] == "element" or sparsity["others"] != "none")
         state = 4 * (3 + bool(recipe["ema_decay"])) + masks            # bytes per weight: itself, two moments, average, mask
-        batch = ceil(min(machine["micro_batch"] or recipe["batch_size"], recipe["batch_size"]) / machine["processes"])
-        memory = (state + 4) * count + round(batch * floats * (2 if machine["amp"] else 4))
+        memory = (state + 4) * count + round(at_once * floats * (2 if machine["amp"] else 4))
         disk = (KEPT_CHECKPOINTS * state + 4) * count
     hours, basis = _hours(known, run, profile, images, row, artifacts)
-    return Entry(run, needs, trained, same_as, recipe["epochs"], per_epoch, steps, images, count, memory, disk, hours, basis)
+    return Entry(run, needs, trained, same_as, recipe["epochs"], per_epoch, steps, images, count, at_once, memory, disk, hours,
+                 basis)
 
 
 def _training_images(known: Params, dataset: Mapping[str, Any], profile: str, artifacts: Path) -> int:
@@ -340,7 +338,8 @@ def _cells(entry: Entry) -> list[str]:
         return [f"equal to {entry.same_as} at this scale: counted there"]
     hours = "?" if entry.hours is None else f"{entry.hours:.0f}" if entry.hours >= 10 else f"{entry.hours:.3f}"
     counts = ["?" if count is None else str(count) for count in (entry.epochs, entry.steps_per_epoch, entry.steps)]
-    return [*counts, _size(entry.parameters, ""), _size(entry.memory), _size(entry.disk), hours, entry.needs or ""]
+    return [*counts, _size(entry.parameters, ""), str(entry.at_once), _size(entry.memory), _size(entry.disk), hours,
+            entry.needs or ""]
 
 
 def _size(value: float | None, unit: str = "B") -> str:

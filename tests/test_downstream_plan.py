@@ -119,6 +119,15 @@ def test_pages_all_fine_tunes_and_everything_can_be_planned(known):
     assert plan(known, "table2", "paper").entries[-1].run in known.known.runs
 
 
+def test_every_row_says_with_how_many_images_its_memory_is_reckoned(known):
+    whole = plan(known, "all", "paper")
+    at_once = {each.run: each.at_once for each in whole.entries}
+    assert (at_once["sw24"], at_once["ade_160k_sw_tiny"]) == (256, 16)                        # of 4096 and 16
+    lines = {line.split()[0]: line for line in table(whole).splitlines() if line}
+    assert "31.8 M      256  51.4 GB" in lines["sw24"]
+    assert "62.5 M       16  30.4 GB" in lines["ade_160k_sw_tiny"]
+
+
 def test_hours_on_a_cpu_are_those_of_earlier_seeds(known, tmp_path):
     folder = tmp_path / "mini/finetune/voc07_slak_t/seed3"
     folder.mkdir(parents=True)

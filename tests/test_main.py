@@ -76,6 +76,16 @@ def test_a_reader_that_is_gone_hides_no_exit_code(project, monkeypatch):
     (["report", "table2", "--profile", "smok", *REPORT[2:]], "unknown profile smok; the nearest known name is smoke"),
     (["train", "sw11", "--profile", "smoke", *REST, "--planned", "x"], "swconv/ changed since this run was planned"),
     (["evaluate", "sw11", "--profile", "smoke", "--weights", "w", *REST, "--planned", "x"], "since this run was planned"),
+    (["calibrate", "sw11", "--profile", "smoke", "--weights", "w", *REST, "--planned", "x"], "since this run was planned"),
+    (["lay-out", "sw01_infer", "--profile", "smoke", "--weights", "w", *REST, "--planned", "x"], "since this run was planned"),
+    (["cost", "slak_tinx"], "unknown model slak_tinx; the nearest known name is slak_tiny."),
+    (["cost", "slak_tiny", "--input", "31"], "slak_tiny reduces images 32-fold and needs --input 32 or more, got 31."),
+    (["cost", "slak_tiny", "--set", "widht_factor=3"], "unknown argument widht_factor; the nearest known name is width_"),
+    (["cost", "sw_tiny", "--set", "edges=abc"], "sw_tiny, argument edges: input should be a valid integer, got 'abc'."),
+    (["cost", "sw_base", "--set", "foo=3"], "sw_base, --set foo=3: LargeKernelNet.__init__() got an unexpected"),
+    (["cost", "sw_tiny", "--set", "depths=[3"], "--set needs values in YAML, as in depths=[3,3,27,3], got depths=[3."),
+    (["cost", "slak_tiny", "--set", "num_classes=abc"], "slak_tiny, --set num_classes=abc: "),
+    (["convert", "w.pth", "--model", "sw_tiny", "--set", "edgse=3", "--out", "o"], "the nearest known name is edges."),
 ])
 def test_faults_end_in_one_sentence_and_exit_code_1(project, capsys, arguments, sentence):
     assert sentence in one_sentence(capsys, *arguments)
@@ -102,6 +112,12 @@ def test_what_the_system_refuses_is_told_with_what_to_do(project, capsys):
     told = one_sentence(capsys, "data", "--profile", "smoke", "--out", "taken/data")
     assert told == ("swconv data: taken/data needs to be there and open to you, got 'Not a directory'. "
                     "Check the path, its owner and the free space, then run the same command again.")
+
+
+def test_an_image_without_pixels_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["cost", "sw_tiny", "--input", "0"])
+    assert "argument --input: a whole number above 0 is needed, got 0" in capsys.readouterr().err
 
 
 def test_a_step_interval_that_is_no_number_is_named_and_spoils_no_help():

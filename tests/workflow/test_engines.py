@@ -180,6 +180,20 @@ def test_a_job_refuses_a_row_that_was_edited_since_its_run_was_planned(finished)
     assert finished.results().items() < results.items()
 
 
+@pytest.mark.parametrize(("target", "rules", "verb", "edit"), [
+    ("artifacts/smoke/calibrate/sw15/seed0/metrics.json", "calibrate.smk", "calibrate",
+     "sed -i '/calibration_passes/s/1/2/' params/recipes.yaml"),
+    ("artifacts/smoke/weights/sw01_infer/seed0/metrics.json", "weights.smk", "lay-out",
+     "sed -i '/batch_size/s/32/16/' params/profiles/smoke.yaml"),
+])
+def test_what_is_made_of_weights_is_made_as_planned_and_refused_once_its_row_is_another(finished, target, rules, verb, edit):
+    finished.snakemake(target)
+    begin = f'"python -m swconv {verb} '
+    finished.replace(f"workflow/rules/{rules}", begin, begin.replace('"', f'"{edit}; '))
+    printed = finished.snakemake(target, code=1)
+    assert f"swconv {verb}: csrc/, params/ or swconv/ changed since this run was planned; repeat the command." in printed
+
+
 def test_the_sentence_about_a_lost_database_names_the_command_that_makes_it(finished):
     for path in finished.root.glob("mlflow.db*"):
         path.unlink()

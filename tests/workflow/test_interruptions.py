@@ -30,6 +30,13 @@ def lengthen(project):
     project.replace("params/profiles/smoke.yaml", "epochs: 2", "epochs: 60")
 
 
+def mark_unfinished(project, *outputs):
+    """Leave the notes of a driver that was killed while these were made."""
+    for output in outputs:
+        path = project.root / ".snakemake/incomplete" / urlsafe_b64encode(output.encode()).decode()
+        path.write_text('{"external_jobid": null}')
+
+
 def test_the_whole_tree_killed_ends_with_the_weights_of_an_undisturbed_run(finished, tmp_path):
     lengthen(finished)
     undisturbed = finished.copy(tmp_path / "undisturbed")
@@ -60,11 +67,24 @@ def test_killed_between_publishing_and_snakemakes_note_needs_no_option(finished)
     state, target = finished.root / ".snakemake", f"{RUN}/metrics.json"
     (state / "locks").mkdir(exist_ok=True)
     (state / "locks/0.output.lock").write_text(f"{target}\n")
-    (state / "incomplete" / urlsafe_b64encode(target.encode()).decode()).write_text('{"external_jobid": null}')
+    mark_unfinished(finished, target)
 
     assert "An earlier run was killed" in finished.snakemake(target)
     assert (finished.root / target).exists()
     assert finished.planned(target) == {}
+
+
+def test_an_unfinished_folder_goes_whole_and_an_unfinished_page_stays_until_it_is_made_anew(finished):
+    folder, page = "artifacts/smoke/downstream/ade_160k_sw_tiny/seed0/detections", "reports/table2.md"
+    (finished.root / folder / "maps").mkdir(parents=True)
+    (finished.root / folder / "maps/0.png").touch()
+    text = (finished.root / page).read_bytes()
+    mark_unfinished(finished, folder, page)
+    finished.snakemake("-n", f"{RUN}/metrics.json")
+    assert not (finished.root / folder).exists()
+    assert (finished.root / page).read_bytes() == text
+    assert (finished.root / page).stat().st_mtime == 1
+    assert not any((finished.root / ".snakemake/incomplete").iterdir())
 
 
 def test_a_trainer_that_is_asked_to_stop_fails_its_job_and_the_same_command_goes_on(finished):

@@ -2,6 +2,17 @@
 CALIBRATION = "artifacts/{profile}/calibrate/{run}/seed{seed}"
 
 
+def passes(wildcards):
+    """How many times the images are seen: no part of a row's identity, for it changes no training."""
+    with one_sentence():
+        return PARAMS.resolve(wildcards.run, wildcards.profile)["recipe"]["calibration_passes"]
+
+
+def planned_calibration(wildcards):
+    code = fingerprint("swconv.training.calibration", csrc=True)
+    return params_yaml.key(f"{row(wildcards)}{passes(wildcards)}", "", code, int(wildcards.seed))
+
+
 rule calibrate:
     input:
         data=ancient(f"{DATA}/data.json"),
@@ -17,8 +28,9 @@ rule calibrate:
         digest=f"{CALIBRATION}/weights.safetensors.sha256",
     params:
         row=row,
-        passes=lambda wildcards: PARAMS.resolve(wildcards.run, wildcards.profile)["recipe"]["calibration_passes"],
+        passes=passes,
         code=fingerprint("swconv.training.calibration", csrc=True),
+        planned=planned_calibration,
         data=subpath(input.data, parent=True),
         out=subpath(output.metrics, parent=True),
     log:
@@ -28,4 +40,4 @@ rule calibrate:
         gpu=machine_gpus,
     shell:
         "python -m swconv calibrate {wildcards.run} --profile {wildcards.profile} --seed {wildcards.seed}"
-        " --data {params.data} --weights {input.weights} --out {params.out} 2>&1 | tee {log}"
+        " --data {params.data} --weights {input.weights} --out {params.out} --planned {params.planned} 2>&1 | tee {log}"

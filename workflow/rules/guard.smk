@@ -7,6 +7,8 @@ import time
 from base64 import urlsafe_b64decode
 from contextlib import suppress
 
+LONG_AGO = (1, 1)  # dates of a file that the next command makes anew; 0 would be no date to Snakemake
+
 
 def hold_guard():
     """Hold a shared lock for as long as this driver lives, and, where no other one does, clean up first.
@@ -35,12 +37,19 @@ def hold_guard():
 def remove_unfinished(marks):
     """Remove what jobs published that no driver saw finish: their checkpoints make it again in seconds.
 
-    The path of a mark is the name of an output in base 64, cut in pieces. Jobs on a cluster outlive the driver; theirs stay.
+    Pages stay, as old ones: a clone has them without what they are made from. The path of a mark is the name of an output
+    in base 64, cut in pieces. Jobs on a cluster outlive the driver; theirs stay.
     """
     for mark in [path for path in marks.rglob("*") if path.is_file()]:
         if json.loads(mark.read_text() or "{}").get("external_jobid") is None:
             name = "".join(part.removeprefix("@") for part in mark.relative_to(marks).parts)
-            Path(urlsafe_b64decode(name).decode()).unlink(missing_ok=True)
+            path = Path(urlsafe_b64decode(name).decode())
+            if path.parts[0] == "reports" and path.exists():
+                os.utime(path, LONG_AGO)
+            elif path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
             mark.unlink()
 
 
@@ -64,6 +73,7 @@ def restore_library():
     for profile in {path.parts[1] for path in Path("artifacts").glob("*/train/*/seed*/metrics.json")}:
         record, meaning = (Path("artifacts", profile, "build", name) for name in ("build.json", "csrc.meaning"))
         if not (has_library(record) and meaning.exists()):
+            print(f"{record} or its library is missing: the operator is built before anything is planned.", file=sys.stderr)
             done = subprocess.run(["python", "-m", "swconv", "build", "--out", record])
             if done.returncode:
                 sys.exit(done.returncode)

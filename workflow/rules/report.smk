@@ -1,6 +1,11 @@
 # Pages on runs: from metrics files and from what the papers print. They wait for the replay, so that one command does all.
 # update, because the old page must stay where a new one fails: without it Snakemake deletes first.
 # One rule, under three names for what is drawn beside the table: accuracy against distance (Table 2), nothing, two panels.
+import logging
+import re
+
+from snakemake.logging import logger
+
 REPORTS = ACTIVE.reports_folder
 
 
@@ -104,7 +109,7 @@ def outdate_failed_report():
     for job in workflow.scheduler.failed:
         for path in filter(os.path.exists, job.output if job.rule.name in ("table2", "page", "figure") else []):
             workflow.persistence.cleanup_metadata(path)
-            os.utime(path, (1, 1))  # 0 would be no date to Snakemake
+            os.utime(path, LONG_AGO)
 
 
 def belongs_elsewhere(wildcards):
@@ -113,6 +118,22 @@ def belongs_elsewhere(wildcards):
         f"reports/{page} shows the profiles mini and paper, but {ACTIVE.profile} is active (params/active.yaml), whose page is "
         f"{REPORTS}/{page}. For the other: snakemake --cores all reports/{page} --config profile=mini seeds=0,1,2"
     )
+
+
+class UnknownPage(logging.Filter):
+    """Tells of a misspelt page with the nearest one. No rule: all pages are known only when Snakemake has looked for one."""
+
+    def filter(self, message):
+        missing = re.search(r"^No rule to produce (\S*reports/\S+\.md) ", str(message.msg), re.MULTILINE)
+        if missing and getattr(message, "exception", None) == "MissingRuleException":
+            pages = [f"{folder}/{report}.md" for folder in (REPORTS, "reports") for report in PARAMS.reports]
+            pages += [str(file) for rule in workflow.rules for file in rule.output if re.match(r"reports/[^{]+\.md$", file)]
+            message.msg = f"{params_yaml._unknown('page', missing[1], pages)}."
+        return True
+
+
+if workflow.is_main_process:
+    logger.addFilter(UnknownPage())
 
 
 # Asked for while another profile is active, the committed page would pass for up to date.

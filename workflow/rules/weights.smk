@@ -87,6 +87,7 @@ rule lay_out:
     params:
         row=row,
         code=fingerprint("swconv.training.conversion", csrc=True),
+        planned=planned("swconv.training.conversion"),
         data=subpath(input.data, parent=True),
         out=subpath(output.metrics, parent=True),
     log:
@@ -96,7 +97,7 @@ rule lay_out:
         gpu=machine_gpus,
     shell:
         "python -m swconv lay-out {wildcards.run} --profile {wildcards.profile} --seed {wildcards.seed}"
-        " --data {params.data} --weights {input.weights} --out {params.out} 2>&1 | tee {log}"
+        " --data {params.data} --weights {input.weights} --out {params.out} --planned {params.planned} 2>&1 | tee {log}"
 
 
 # Only where a row gives a url. update, because a file that is there must stay where the download fails.

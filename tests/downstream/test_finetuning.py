@@ -103,6 +103,7 @@ def test_a_pass_without_a_good_step_has_no_loss_in_the_log_and_a_status_line(con
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")       # torch.compile's own, of torch.jit
 def test_a_compiled_backbone_takes_images_of_many_sizes_and_keeps_its_zeros(config, tiny, pretrained, known):
     torch.compiler.reset()                                            # and with it the sizes seen
+    counters.clear()
     config["recipe"] |= {"drop_path_rate": 0.0}                       # which a compiled network draws otherwise
     plain, compiled = (
         finetuning.FineTuning(config | {"machine": config["machine"] | {"compile": choice}}, tiny / "voc", 0,

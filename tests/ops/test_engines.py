@@ -221,6 +221,7 @@ def test_a_network_compiles_into_one_graph_and_is_exported(form):
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")                                    # by torch itself
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_torchs_compiler_makes_a_training_step_of_the_same_gradients(layout):
+    torch.compiler.reset()                                                                             # and with it its limits
     model, x = network(), torch.randn(2, 3, 32, 32).to(memory_format=layout)
     wanted = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
     compiled = torch.compile(model, fullgraph=True)
@@ -316,7 +317,7 @@ PAD, PICK = torch.zeros(6, 1, dtype=torch.int32), torch.tensor([[0], [3]])
     (lambda: shift_add(torch.zeros(1, 6, 8, 8).long(), PAD, PAD, PICK, 1), "needs floating-point maps and tables"),
     (lambda: shift_add(torch.zeros(1, 6, 8, 8), PAD.long() + 2**32, PAD, PICK, 1), "less than 2**31 pixels, got 4294967296."),
     (lambda: shift_add(torch.zeros(1, 6, 8, 8), PAD, PAD, PICK, -1), "shift_add needs maps larger than two halos of -1 >= 0"),
-    (lambda: shift_add(torch.zeros(1, 6, 8, 8, device="meta"), PAD, PAD, PICK, 1), "needs maps and tables on one device"),
+    (lambda: shift_add(torch.zeros(1, 6, 8, 8), PAD.to("meta"), PAD, PICK, 1), "needs maps and tables on one device"),
     (lambda: shift_add(torch.zeros(1, 5, 8, 8), PAD, PAD, PICK, 1), "shift_add needs maps (B, R * n, H, W), pad_h and"),
     (lambda: ShiftwiseConv2d(9, 13)(torch.zeros(1, 12, 8, 8)), "needs x of shape (B, 9, H, W), got (1, 12, 8, 8)."),
     (lambda: ShiftwiseConv2d(9, 13)(torch.zeros(9, 8, 8)), "ShiftwiseConv2d needs x of shape (B, 9, H, W), got (9, 8, 8)."),

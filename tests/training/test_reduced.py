@@ -92,7 +92,8 @@ def test_the_data_verb_reduces_where_the_profile_says_so(photos, monkeypatch):
     _, data = photos
     monkeypatch.chdir(data.parent)
     shutil.copytree(PARAMS, "params")
-    dataset = "{name: photos, root: photos, num_classes: 2, in_chans: 3, mean: [0.5, 0.5, 0.5], std: [1, 1, 1], cache_px: 12}"
+    dataset = "{name: photos, root: photos, num_classes: 2, in_chans: 3, mean: [0.5, 0.5, 0.5], std: [1, 1, 1], image_size: 12,"
+    dataset += " cache_px: 12}"
     Path("params/profiles/photos.yaml").write_text(f"from: mini\nreports: artifacts/photos/reports\ndataset: {dataset}\n")
     assert main(["data", "--profile", "photos", "--out", "made"]) == 0
     row = params.load().resolve("sw11", "photos")["dataset"]
